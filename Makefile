@@ -1,0 +1,9 @@
+.PHONY: setup test lint types docs bench ci
+
+setup: ; pip install -c constraints.txt -e ".[test]"
+test:  ; pytest
+lint:  ; ruff format --check . && ruff check .
+types: ; mypy
+docs:  ; python -m llmprune.catalog > docs/METHODS.md
+bench: ; llmprune bench demo
+ci:    ; .ci/run

@@ -1,0 +1,34 @@
+"""How much memory this process holds, and sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def anonymous_bytes() -> int:
+    """Return the anonymous pages of this process: what mapped files do not explain."""
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"RssAnon:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def parse_size(text: str | int) -> int:
+    """Return bytes of a size such as `8GB`, `512MiB` or `1000000`.
+
+    >>> parse_size("8GB"), parse_size("1KiB")
+    (8000000000, 1024)
+    """
+    if isinstance(text, int):
+        return text
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"{text!r} is not a size; type 8GB, 512MiB or a number of bytes")
+    unit = found[2].upper()
+    return int(float(found[1]) * (BINARY[unit] if found[3] and unit else UNITS[unit]))

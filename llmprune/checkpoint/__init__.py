@@ -1,0 +1,1 @@
+"""Reading checkpoints lazily, writing them block by block."""

@@ -1,0 +1,128 @@
+"""Writing that cannot be half done: shards, JSON and records, each whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune.base.errors import CheckpointError, TooLarge
+from llmprune.checkpoint.source import INDEX
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file atomically; the bytes depend on names and values alone.
+
+    Raises:
+        TooLarge: the disk is full.
+        CheckpointError: the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, str(temporary), metadata={"format": "pt"})
+        _settle(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise write_failed(path, error) from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON atomically, keys in the given order.
+
+    Raises:
+        TooLarge: the disk is full.
+        CheckpointError: the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(
+            json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        _settle(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise write_failed(path, error) from error
+
+
+def _settle(temporary: Path, path: Path) -> None:
+    """Make a finished temporary file durable under its final name."""
+    for target in (temporary, None):
+        if target is None:
+            os.replace(temporary, path)
+        descriptor = os.open(target or path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_failed(path: Path, error: Exception) -> TooLarge | CheckpointError:
+    """Return the error for a failed write; a full disk is named as such."""
+    text = str(error)
+    if getattr(error, "errno", None) == 28 or "No space left" in text or "os error 28" in text:
+        return TooLarge(
+            f"the disk is full: {path} could not be written. What is finished stays in "
+            f"{path.parent}; free some space and run the same command again to resume."
+        )
+    return CheckpointError(
+        f"{path} cannot be written: {text}. Choose a writable folder with --out."
+    )
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def shard_name(index: int, num_blocks: int) -> str:
+    """Return the file of a block; index -1, the trunk, is the last shard.
+
+    >>> shard_name(6, 32), shard_name(-1, 32)
+    ('model-00007-of-00033.safetensors', 'model-00033-of-00033.safetensors')
+    """
+    number = num_blocks + 1 if index == -1 else index + 1
+    return f"model-{number:05d}-of-{num_blocks + 1:05d}.safetensors"
+
+
+def write_index(
+    folder: Path, weight_map: Mapping[str, str], *, num_params: int, num_bytes: int
+) -> None:
+    """Write the index of a sharded checkpoint, tensors in sorted order."""
+    data = {
+        "metadata": {"total_parameters": num_params, "total_size": num_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    write_json(folder / INDEX, data)
+
+
+def copy_side_files(source: Path, out: Path, *, skip: frozenset[str] = frozenset()) -> list[str]:
+    """Copy tokenizer, templates, licence and other small files; weights and pickles stay behind."""
+    import shutil
+
+    unwanted = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+    copied = []
+    for path in sorted(source.iterdir()):
+        name = path.name
+        if name in skip or name == INDEX or name.startswith(".") or not path.is_file():
+            continue
+        if name.endswith(unwanted) or name.endswith(".index.json"):
+            continue
+        try:
+            shutil.copyfile(path, out / name)
+        except OSError as error:
+            raise write_failed(out / name, error) from error
+        copied.append(name)
+    return copied

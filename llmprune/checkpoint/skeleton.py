@@ -1,0 +1,166 @@
+"""A model without weights: modules on meta, buffers real, blocks filled one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune.arch.anatomy import family_of
+from llmprune.arch.types import Family
+from llmprune.base.errors import CheckpointError, UnsupportedModel
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+QUANTISED = (
+    "is quantised ({method}). Quantised weights cannot be pruned: their values are codes. Prune "
+    "the 16-bit checkpoint it was made from, then quantise the result."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skeleton:
+    """A model on meta and where its blocks are."""
+
+    model: Any
+    family: Family
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def blocks(self) -> Any:
+        """Return the list of block modules."""
+        return self.model.get_submodule(self.family.blocks)
+
+    def prefix(self, index: int) -> str:
+        """Return the start of the parameter names of a block."""
+        return f"{self.family.blocks}.{index}."
+
+    def shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a block's parameters by name relative to the block."""
+        return {name: tuple(p.shape) for name, p in self.blocks[index].named_parameters()}
+
+    def trunk_params(self) -> list[str]:
+        """Return the parameters that are not in a block."""
+        inside = self.family.blocks + "."
+        return [name for name, _ in self.model.named_parameters() if not name.startswith(inside)]
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Read the config of a causal language model.
+
+    Raises:
+        UnsupportedModel: quantised, with towers of other modalities, or in need of remote code.
+        CheckpointError: config.json is not understood.
+    """
+    import json
+
+    from transformers import AutoConfig
+
+    data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if quantised := data.get("quantization_config"):
+        method = quantised.get("quant_method", quantised.get("fmt", "unknown format"))
+        raise UnsupportedModel(f"{folder} " + QUANTISED.format(method=method))
+    if "auto_map" in data and not trust_remote_code:
+        raise UnsupportedModel(
+            f"{folder} brings its own Python code (auto_map in config.json), which is not run "
+            "unasked. Read the code, then add --trust-remote-code."
+        )
+    if towers := sorted(k for k in ("vision_config", "audio_config") if data.get(k)):
+        raise UnsupportedModel(
+            f"{folder} is a {data.get('model_type')} model with a {towers[0].split('_')[0]} tower. "
+            "Only pure text decoders are pruned: save its language model on its own and prune that "
+            "folder."
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder / 'config.json'} is not understood: {first}") from error
+
+
+def build_skeleton(
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> Skeleton:
+    """Build a model whose parameters are on meta and whose buffers are real.
+
+    Raises:
+        UnsupportedModel: no causal LM class, no family row, or blocks not where the row says.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    family = family_of(config.model_type)
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            )
+    except (ValueError, ImportError) as error:
+        raise UnsupportedModel(
+            f"transformers cannot build {config.model_type}: {str(error).splitlines()[0]}"
+        ) from error
+    use_eager_experts(model)
+    tie(model)
+    try:
+        model.get_submodule(family.blocks)
+    except AttributeError:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no blocks at {family.blocks!r}, where the row of "
+            f"{config.model_type!r} in llmprune/arch/table.py expects them."
+        ) from None
+    return Skeleton(model=model.eval(), family=family)
+
+
+def use_eager_experts(model: Any) -> None:
+    """Make expert modules multiply one expert at a time, so that each one's input can be seen."""
+    if hasattr(model.config, "_experts_implementation") and hasattr(
+        model, "set_experts_implementation"
+    ):
+        model.set_experts_implementation("eager")
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors in place of a module's (meta) parameters, by name relative to the module."""
+    import torch
+
+    for name, tensor in tensors.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+        else:
+            owner._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def empty(module: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Move a module's parameters back to meta, freeing their memory; buffers stay."""
+    import torch
+
+    wanted = [name for name, _ in module.named_parameters()] if names is None else list(names)
+    for name in wanted:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        param = owner._parameters.get(leaf)
+        if param is not None:
+            owner._parameters[leaf] = torch.nn.Parameter(
+                torch.empty_like(param, device="meta"), requires_grad=False
+            )
+
+
+def tie(model: Any) -> None:
+    """Let tied parameters (head and embeddings) be one tensor again."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, original in tied.items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = model.get_parameter(original)

@@ -1,0 +1,390 @@
+"""The command line: the bare command prunes.
+
+Exit codes: 0 done, 1 our fault, 2 yours, 130 stopped (and resumable).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Option
+
+from llmprune import __version__
+from llmprune.base.errors import LlmpruneError, RecipeError
+from llmprune.base.progress import Progress
+
+if TYPE_CHECKING:
+    from llmprune.base.progress import Mode
+    from llmprune.recipe import Recipe
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+WHAT, HOW, RUN = "What to do", "Calibration", "The run"
+
+Folder = Annotated[Path, typer.Argument(help="A folder that llmprune wrote.")]
+
+
+def wishes(
+    model: Annotated[
+        str | None, Option(help="Folder, Hub id, or demo.", rich_help_panel=WHAT)
+    ] = None,
+    revision: Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")] = None,
+    sparsity: Annotated[
+        float | None, Option(help="Share of the weights to remove, 0 to 1; N:M patterns fix it.")
+    ] = None,
+    method: Annotated[str | None, Option(help="See `llmprune methods`. [default: wanda]")] = None,
+    pattern: Annotated[
+        str | None,
+        Option(
+            help="unstructured, N:M (keeps N of every M), ffn-channels. [default: unstructured]"
+        ),
+    ] = None,
+    out: Annotated[
+        str | None, Option(help="Folder to write. [default: MODEL-METHOD-AMOUNT]")
+    ] = None,
+    calib: Annotated[
+        str | None, Option(help="Calibration text: demo, .txt, .jsonl or .parquet. [default: demo]")
+    ] = None,
+    num_samples: Annotated[int | None, Option(help="Calibration sequences. [default: 128]")] = None,
+    seq_len: Annotated[
+        int | None, Option(help="Tokens in each. [default: 2048, at most what the model takes]")
+    ] = None,
+    seed: Annotated[int | None, Option(help="Draws the calibration windows. [default: 0]")] = None,
+    device: Annotated[
+        str | None, Option(help="cuda, cuda:1, mps, cpu. [default: the first there is]")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        Option(help="auto, float32, bfloat16, float16: what is computed in. [default: auto]"),
+    ] = None,
+    max_memory: Annotated[str | None, Option(help="Limits such as cpu=8GB,cuda:0=6GB.")] = None,
+    recipe: Annotated[Path | None, Option(help="A YAML recipe; flags go before it.")] = None,
+    set_: Annotated[
+        list[str] | None, Option("--set", help="Any key of the recipe: KEY=VALUE (repeatable).")
+    ] = None,
+    no_eval: Annotated[bool, Option("--no-eval", help="Measure no perplexity.")] = False,
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="Run Python code that the model brings.")
+    ] = False,
+) -> dict[str, Any]:
+    """Collect the flags that make a recipe."""
+    return dict(locals())
+
+
+def run_flags(
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and stop.")] = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace an existing result or unfinished run.")
+    ] = False,
+    quiet: Annotated[bool, Option("--quiet", help="Print warnings and errors only.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print events as JSON lines.")] = False,
+) -> dict[str, Any]:
+    """Collect the flags of the run itself."""
+    return dict(locals())
+
+
+def takes(*parts: Callable[..., dict[str, Any]]) -> Callable[[Callable[..., None]], Any]:
+    """Give a command the flags of several functions; it receives their answers in order."""
+    merged = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for part in parts
+        for parameter in inspect.signature(part, eval_str=True).parameters.values()
+    ]
+
+    def decorate(command: Callable[..., None]) -> Any:
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[: -len(parts)]
+
+        def wrapper(*args: Any, **given: Any) -> None:
+            answers = []
+            for part in parts:
+                names = inspect.signature(part).parameters
+                answers.append(part(**{name: given.pop(name) for name in names}))
+            command(
+                *args, **given, **dict(zip(_names(command)[-len(parts) :], answers, strict=True))
+            )
+
+        wrapper.__signature__ = inspect.Signature([*own, *merged])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *merged]}
+        wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+        return wrapper
+
+    return decorate
+
+
+def _names(command: Callable[..., None]) -> list[str]:
+    return list(inspect.signature(command).parameters)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"llmprune {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+@takes(wishes, run_flags)
+def prune(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    *,
+    wish: dict[str, Any],
+    flags: dict[str, Any],
+) -> None:
+    """Prune a Hugging Face language model into a folder that provably loads.
+
+    llmprune --model demo --sparsity 0.5
+
+    The same command again resumes an interrupted run.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    recipe = make(wish)
+    mode: Mode = "json" if flags["as_json"] else "quiet" if flags["quiet"] else "rich"
+    progress = Progress(mode)
+    from llmprune.engine.opening import open_plan
+    from llmprune.steps import run_streamed
+
+    opened = open_plan(recipe)
+    if flags["dry_run"]:
+        show_plan(opened.plan, flags["as_json"])
+        return
+    plan = opened.plan
+    progress.note(
+        f"{plan.method.title} on {plan.source_name}: {plan.prune.pattern}, sparsity "
+        f"{plan.sparsity:.4g}, {plan.dtype_name} on {plan.device}, writing {plan.out}"
+    )
+    report = run_streamed(opened, progress, overwrite=flags["overwrite"])
+    progress.event("report", **report.data)
+    if mode == "rich":
+        print(report)
+        print(f"details: llmprune show {plan.out}")
+
+
+@app.command("plan")
+@takes(wishes)
+def plan_command(
+    as_json: Annotated[bool, Option("--json", help="Print the plan as JSON.")] = False,
+    *,
+    wish: dict[str, Any],
+) -> None:
+    """Print what a run would do and cost; no weight is read."""
+    recipe = make(wish)
+    from llmprune.engine.opening import open_plan
+
+    show_plan(open_plan(recipe).plan, as_json)
+
+
+def show_plan(plan: Any, as_json: bool) -> None:
+    """Print a plan as text or as JSON."""
+    if as_json:
+        from llmprune.report.tables import plan_data
+
+        print(json.dumps(plan_data(plan), indent=2))
+    else:
+        print(plan)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods with what they need and where they come from."""
+    from llmprune.catalog import METHODS
+    from llmprune.report.tables import columns
+    from llmprune.score import SCORES
+
+    rows = [
+        (
+            row.name,
+            ", ".join(SCORES[row.score].needs) or "nothing",
+            row.group,
+            ", ".join(row.patterns),
+            row.paper,
+        )
+        for row in METHODS.values()
+    ]
+    print(columns(("method", "needs", "compared in", "patterns", "paper"), rows))
+
+
+@app.command()
+def gate(
+    folders: Annotated[list[Path], typer.Argument(help="Folders to prove.")],
+    dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
+    trust_remote_code: Annotated[bool, Option("--trust-remote-code")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the verdicts as JSON.")] = False,
+) -> None:
+    """Prove in a fresh process that folders load the stock way and compute what they should."""
+    from llmprune import api
+
+    for folder in folders:
+        verdict = api.gate(folder, dtype=_dtype(dtype), trust_remote_code=trust_remote_code)
+        if as_json:
+            print(json.dumps(verdict.to_dict()))
+        else:
+            print(f"{folder}: {verdict.text()}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder, a Hub id, or demo.")],
+    perplexity: Annotated[
+        str, Option(metavar="TEXT", help="demo, or a .txt, .jsonl or .parquet file.")
+    ] = "demo",
+    seq_len: Annotated[int | None, Option(help="Tokens per window.")] = None,
+    num_windows: Annotated[
+        int | None, Option(help="Windows from the start. [default: all]")
+    ] = None,
+    bos: Annotated[bool, Option("--bos", help="Begin every window with BOS.")] = False,
+    device: Annotated[str, Option(help="cuda, mps or cpu.")] = "auto",
+    dtype: Annotated[str, Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure perplexity by the papers' protocol, streaming the model from disk."""
+    from dataclasses import asdict
+
+    from llmprune import api
+
+    found = api.perplexity(
+        model,
+        data=perplexity,
+        seq_len=seq_len,
+        num_windows=num_windows,
+        bos=bos,
+        device=device,
+        dtype="auto" if dtype == "auto" else _dtype(dtype),
+    )
+    api.store_perplexity(model, found)
+    print(json.dumps(asdict(found)) if as_json else f"perplexity {found}")
+
+
+@app.command()
+def show(
+    folder: Folder, sites: Annotated[bool, Option("--sites", help="Every site.")] = False
+) -> None:
+    """Print the report of a result."""
+    from llmprune.report.run import Report
+
+    report = Report.read(folder)
+    print(report)
+    if sites:
+        print()
+        print(report.table())
+
+
+def make(wish: dict[str, Any]) -> Recipe:
+    """Build the recipe of the flags; flags go before the recipe file, --set before both.
+
+    Raises:
+        RecipeError: neither model nor recipe, or whatever is wrong in them.
+    """
+    from llmprune.recipe import build, default_steps, override, read_recipe
+
+    path = wish["recipe"]
+    if path is None and wish["model"] is None:
+        raise RecipeError(
+            "model: missing. Type llmprune --model demo --sparsity 0.5 to try the bundled model, "
+            "or give a folder, a Hub id or --recipe FILE. `llmprune --help` lists everything."
+        )
+    data: dict[str, Any] = read_recipe(path) if path else {"steps": default_steps()}
+    top = ("model", "revision", "out", "device", "dtype", "seed")
+    data |= {key: wish[key] for key in top if wish[key] is not None}
+    if wish["trust_remote_code"]:
+        data["trust_remote_code"] = True
+    if wish["max_memory"]:
+        data["max_memory"] = limits(wish["max_memory"])
+    keys = {
+        "prune.sparsity": "sparsity",
+        "prune.method": "method",
+        "prune.pattern": "pattern",
+        "calibration.data": "calib",
+        "calibration.num_samples": "num_samples",
+        "calibration.seq_len": "seq_len",
+    }
+    settings = [
+        f"{key}={json.dumps(wish[name])}" for key, name in keys.items() if wish[name] is not None
+    ]
+    if wish["no_eval"]:
+        settings.append("evaluate.perplexity=false")
+    return build(override(data, settings + list(wish["set_"] or ())))
+
+
+def limits(text: str) -> dict[str, str]:
+    """Return the limits of `cpu=8GB,cuda:0=6GB`.
+
+    Raises:
+        RecipeError: not of this form.
+    """
+    found = {}
+    for part in text.split(","):
+        device, equals, size = part.strip().partition("=")
+        if not equals or not device or not size:
+            raise RecipeError(
+                f"max_memory: {part!r} is not DEVICE=SIZE. Type --max-memory cpu=8GB."
+            )
+        found[device] = size
+    return found
+
+
+def _dtype(name: str) -> str:
+    """Return the name of a dtype to compute in.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    if name not in ("float32", "bfloat16", "float16"):
+        raise RecipeError(f"dtype: {name!r} is none of float32, bfloat16, float16.")
+    return name
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and leave with its exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _terminate)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(args=given, prog_name="llmprune", standalone_mode=False)
+        sys.stdout.flush()
+    except LlmpruneError as error:
+        _fail(given, str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(given, STOPPED, 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error
+            text = error.format_message().rstrip(".")
+            _fail(given, f"{text}. `llmprune --help` lists the flags.", 2)
+        raise  # a fault of ours: the traceback helps to mend it, and Python exits with 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+STOPPED = (
+    "stopped. Finished blocks are kept: the same command resumes, --overwrite starts anew, and "
+    "removing the folder that ends in .partial discards them."
+)
+
+
+def _fail(arguments: Sequence[str], message: str, code: int) -> None:
+    """Print a message where people look, and in JSON mode where machines do; exit."""
+    if "--json" in arguments:
+        print(json.dumps({"event": "error", "code": code, "message": message}), flush=True)
+    print(f"error: {message}" if code == 2 else message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

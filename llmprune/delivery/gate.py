@@ -1,0 +1,232 @@
+"""The gate: a result is done when a fresh process has loaded it the stock way and agrees with us.
+
+Checked: the index and its shards, no missing, unexpected or mismatched key, equal logits on two
+rows of 128 fixed tokens, zeros where the masks say so, untouched tensors bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune.base.errors import CheckpointError, WontLoad
+from llmprune.checkpoint.skeleton import build_skeleton, read_config
+from llmprune.checkpoint.source import Source, open_folder, read_json
+from llmprune.delivery.agreement import Agreement, compare
+from llmprune.delivery.masks import OWN, MaskFiles
+from llmprune.walk.forward import embed, logits, walk
+from llmprune.walk.streamed import Streamed, stream
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ROWS, TOKENS = 2, 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the gate found; written into the report."""
+
+    folder: str
+    num_tensors: int
+    dtype: str
+    agreement: Agreement
+    masked_linears: int
+    natural_zeros: int
+    untouched_equal: int | None
+
+    def text(self) -> str:
+        """Return the verdict as a sentence."""
+        untouched = (
+            f"; {self.untouched_equal} untouched tensors are the source's, bit for bit"
+            if self.untouched_equal is not None
+            else ""
+        )
+        return (
+            f"loads in a fresh process; {self.num_tensors} tensors; logits: "
+            f"{self.agreement.text()}; {self.masked_linears} masks hold{untouched}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def pass_gate(
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    source: Source | None = None,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> Verdict:
+    """Prove a folder.
+
+    Raises:
+        WontLoad: it does not load cleanly, or computes something else.
+        CheckpointError: zeros or untouched tensors are not what was recorded.
+    """
+    written = open_folder(folder)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    skeleton = build_skeleton(
+        config, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
+    )
+    blocks = stream(written, skeleton, device=device, dtype=dtype)
+    tokens = gate_tokens(config)
+    with tempfile.TemporaryDirectory(prefix=".gate-", dir=folder) as scratch:
+        ours = Path(scratch) / "ours.safetensors"
+        _write_logits(blocks, tokens, ours)
+        loaded = _load_stock(folder, Path(scratch), tokens, device, dtype, trust_remote_code)
+        _check_keys(folder, loaded, blocks.unused)
+        agreement = compare(ours, Path(scratch) / "stock.safetensors", str(dtype))
+    if not agreement.passed:
+        raise WontLoad(
+            f"{folder} loads, but its logits differ from what was computed block by block: "
+            f"{agreement.text()}. The result is not published; please report the model's config."
+        )
+    masked, natural = _check_masks(blocks, folder)
+    return Verdict(
+        folder=str(folder),
+        num_tensors=len(written.entries),
+        dtype=str(dtype).removeprefix("torch."),
+        agreement=agreement,
+        masked_linears=masked,
+        natural_zeros=natural,
+        untouched_equal=_check_untouched(written, source, folder) if source else None,
+    )
+
+
+def gate_tokens(config: Any) -> Tensor:
+    """Return the two fixed rows of token ids, shorter only where the model takes fewer."""
+    import torch
+
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None) or TOKENS
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, text.vocab_size, (ROWS, min(TOKENS, longest)), generator=generator)
+
+
+def _write_logits(blocks: Streamed, tokens_NT: Tensor, path: Path) -> None:
+    """Walk the stored blocks and keep the logits."""
+    import torch
+
+    from llmprune.checkpoint.sink import write_tensors
+
+    flow = embed(blocks, tokens_NT, ROWS)
+    walk(blocks, flow)
+    write_tensors(
+        path, {"logits": torch.cat([part.cpu() for _, _, part in logits(blocks, flow)], 1)}
+    )
+
+
+def _load_stock(
+    folder: Path,
+    scratch: Path,
+    tokens_NT: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Load the folder with `from_pretrained` in a fresh process; return its loading info."""
+    from llmprune.checkpoint.sink import write_json
+
+    job = {
+        "folder": str(folder.resolve()),
+        "scratch": str(scratch.resolve()),
+        "tokens": tokens_NT.tolist(),
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "trust_remote_code": trust_remote_code,
+    }
+    write_json(scratch / "job.json", job)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("stock.py")), str(scratch / "job.json")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if process.returncode:
+        reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise WontLoad(f"{folder} does not load with from_pretrained: {reason}")
+    return read_json(scratch / "loaded.json")
+
+
+def _check_keys(folder: Path, loaded: Mapping[str, list[str]], unused: tuple[str, ...]) -> None:
+    """Check that loading left nothing missing, unexpected or mismatched.
+
+    Tensors that the source already had and its model does not use stay, and are no surprise.
+    """
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        found = [key for key in loaded[kind] if kind != "unexpected_keys" or key not in unused]
+        if found:
+            raise WontLoad(
+                f"{folder} loads with {kind.replace('_', ' ')}: {', '.join(found[:3])}"
+                f"{' ...' if len(found) > 3 else ''}. transformers would fill or drop them "
+                "silently."
+            )
+
+
+def _check_masks(blocks: Streamed, folder: Path) -> tuple[int, int]:
+    """Check that every removed weight is zero on disk; return linears checked and natural zeros."""
+    keeps = MaskFiles(folder)
+    masked = natural = 0
+    plain = replace(blocks, dtype=None)
+    for index in range(len(blocks)):
+        found = keeps.of_block(blocks.skeleton.prefix(index))
+        if not found:
+            continue
+        with plain.open(index) as block:
+            for name, keep_OI in found.items():
+                weight_OI = block.weight(name.removeprefix(block.prefix))
+                zero_OI = weight_OI == 0
+                if bool((~zero_OI & ~keep_OI.to(zero_OI.device)).any()):
+                    raise CheckpointError(
+                        f"{folder}: {name} has weights where its mask says removed. The folder was "
+                        "changed after pruning (merged, fine-tuned or quantised); prune it again."
+                    )
+                natural += int((zero_OI & keep_OI.to(zero_OI.device)).sum())
+                masked += 1
+    return masked, natural
+
+
+def _check_untouched(written: Source, source: Source, folder: Path) -> int:
+    """Check that untouched tensors are bit for bit those of the source; return how many."""
+    import torch
+
+    touched = set(read_json(folder / OWN / "run.json").get("touched", []))
+    names = sorted(written.entries.keys() - touched)
+    if strange := written.entries.keys() ^ source.entries.keys():
+        raise CheckpointError(
+            f"{folder}: tensor {sorted(strange)[0]} is not in both source and result."
+        )
+    for name in names:
+        ours, theirs = written.get([name])[name], source.get([name])[name]
+        if (
+            ours.dtype != theirs.dtype
+            or ours.shape != theirs.shape
+            or not torch.equal(
+                ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8)
+            )
+        ):
+            raise CheckpointError(
+                f"{folder}: {name} differs from the source although nothing was to change it. "
+                "The source was edited during the run, or the disk is faulty; run again with "
+                "--overwrite."
+            )
+    return len(names)
+
+
+def clean_scratch(folder: Path) -> None:
+    """Remove what a killed gate left behind."""
+    for path in folder.glob(".gate-*"):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,36 @@
+"""The packed masks of a result, read by linear; names are those of modules, not of disk tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune.checkpoint.source import read_json
+from llmprune.mask.packed import unpack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OWN = "llmprune"
+
+
+class MaskFiles:
+    """The packed masks of a folder, by linear; absent for folders that llmprune did not write."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / OWN
+        path = self.folder / "masks.json"
+        self.index: dict[str, Any] = read_json(path)["masks"] if path.exists() else {}
+
+    def of_block(self, prefix: str) -> dict[str, Tensor]:
+        """Return keep_OI of every masked linear of a block."""
+        from safetensors import safe_open
+
+        rows = {name: row for name, row in self.index.items() if name.startswith(prefix)}
+        found = {}
+        for file in sorted({row["file"] for row in rows.values()}):
+            with safe_open(str(self.folder / Path(file).name), "pt") as handle:
+                for name, row in rows.items():
+                    if row["file"] == file:
+                        found[name] = unpack(handle.get_tensor(name), tuple(row["shape"]))
+        return found

@@ -1,0 +1,1 @@
+"""The story: plan, estimate, cut."""

@@ -1,0 +1,193 @@
+"""Prune every block in order, feeding each the activations that its stored predecessors produce.
+
+Legend: B sequences of a micro-batch, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llmprune.base.memory import anonymous_bytes
+from llmprune.base.progress import Progress
+from llmprune.calibration.capture import call
+from llmprune.engine.plan import Plan
+from llmprune.engine.solving import EMPTY, Cutter, Outcome
+from llmprune.walk.block import Block, Blocks
+from llmprune.walk.forward import Stream, advance, check_activation
+from llmprune.walk.observe import Seen, observe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RUNAWAY = 1.0
+Prior = Mapping[str, "Tensor"]
+
+
+class Target(Blocks, Protocol):
+    """Blocks that can be committed, and read back as they are stored."""
+
+    def stored(self, index: int) -> AbstractContextManager[Block]: ...
+
+    def commit(self, block: Block, touched: set[str]) -> Path | None: ...
+
+
+class Keeper(Protocol):
+    """Remembers which blocks are whole."""
+
+    def whole(self, index: int) -> dict[str, Any] | None: ...
+
+    def keep(
+        self, index: int, shard: Path | None, outcome: Outcome, content: Mapping[str, Any]
+    ) -> dict[str, Any]: ...
+
+
+def cut(
+    plan: Plan,
+    blocks: Target,
+    stream: Stream | None,
+    keeper: Keeper,
+    progress: Progress,
+    *,
+    prior: Callable[[int], Prior] = lambda index: {},
+) -> list[dict[str, Any]]:
+    """Cut all blocks that are not whole yet; return the record of every block.
+
+    `stream` is absent for methods that look at weights alone; `prior` gives the masks of earlier
+    prunings of a block.
+    """
+    records = [keeper.whole(index) for index in range(len(blocks))]
+    done = [record is not None for record in records]
+    if any(done):
+        progress.event("resumed", after=max(i for i, whole in enumerate(done) if whole))
+        progress.note(f"resumed after block {max(i for i, whole in enumerate(done) if whole)}")
+    cutter = plan.cutter()
+    found: list[dict[str, Any]] = []
+    with progress.stage("cut", len(blocks)) as stage:
+        for index, record in enumerate(records):
+            more = not all(done[index + 1 :])
+            if record is None:
+                record = _cut_block(plan, cutter, blocks, stream, keeper, index, prior, more)
+                _report(record, progress)
+            elif stream is not None and not all(done[index:]):
+                _pass_through(plan, blocks, stream, index)
+            found.append(record)
+            stage.advance(
+                f"block {index}",
+                sparsity=record["sparsity"],
+                **({"error": record["error"]} if record["error"] is not None else {}),
+                memory=anonymous_bytes(),
+            )
+    return found
+
+
+def _cut_block(
+    plan: Plan,
+    cutter: Cutter,
+    blocks: Target,
+    stream: Stream | None,
+    keeper: Keeper,
+    index: int,
+    prior: Callable[[int], Prior],
+    more: bool,
+) -> dict[str, Any]:
+    """Observe, decide and commit one block, then pass the hidden states through what is stored."""
+    seconds: dict[str, float] = {}
+    outcome = Outcome()
+    seen: Seen | None = None
+    first = None if stream is None else stream.hidden.get(0, blocks.device).clone()
+    with blocks.open(index) as block:
+        masks = prior(index)
+        with _timed(seconds, "observe"):
+            if stream is not None:
+                dense = plan.prune.propagate == "dense"
+                seen = observe(block, stream, plan.needs(index), dense=dense)
+        with _timed(seconds, "solve"):
+            for group in plan.groups[index]:
+                for site in group.sites:
+                    for span in site.spans:
+                        block.check_finite(span.linear)
+                stats = seen.stats[group.tap] if seen else EMPTY
+                cutter.cut(group, block, stats, masks, outcome)
+        with _timed(seconds, "write"):
+            shard = blocks.commit(block, outcome.touched)
+    peak = anonymous_bytes()
+    error = None
+    with _timed(seconds, "advance"):
+        if stream is not None and seen is not None and first is not None:
+            error = _advance(plan, blocks, stream, index, seen.dense_output, first, more)
+    removed = sum(int(str(row["removed_weights"])) for row in outcome.rows)
+    weights = sum(int(str(row["weights"])) for row in outcome.rows)
+    return keeper.keep(
+        index,
+        shard,
+        outcome,
+        {
+            "sparsity": removed / weights,
+            "error": error,
+            "sites": outcome.rows,
+            "seconds": seconds,
+            "memory": max(peak, anonymous_bytes()),
+        },
+    )
+
+
+def _advance(
+    plan: Plan,
+    blocks: Target,
+    stream: Stream,
+    index: int,
+    dense_output: Tensor,
+    first_BTD: Tensor,
+    more: bool,
+) -> float:
+    """Advance the hidden states; return the relative output error on the first micro-batch."""
+    import torch
+
+    with torch.no_grad(), blocks.stored(index) as stored:
+        pruned = call(stored.module, first_BTD, stream.arguments[0][index])
+        check_activation(pruned, f"output of pruned block {index}")
+        if plan.prune.propagate == "pruned" and more:
+            advance(stored, stream, known={0: pruned})
+    difference = torch.linalg.vector_norm((pruned - dense_output).float())
+    return float(difference / torch.linalg.vector_norm(dense_output.float()))
+
+
+def _pass_through(plan: Plan, blocks: Target, stream: Stream, index: int) -> None:
+    """Advance through a block that was cut in an earlier run."""
+    opened = blocks.open if plan.prune.propagate == "dense" else blocks.stored
+    with opened(index) as block:
+        advance(block, stream)
+
+
+def _report(record: Mapping[str, Any], progress: Progress) -> None:
+    """Warn about a block that went wrong without failing."""
+    if record["error"] is not None and record["error"] > RUNAWAY:
+        progress.warn(
+            f"block {record['block']}: the output differs from the dense block's by "
+            f"{record['error']:.2f} times its size; the result will be poor. Ask for a lower "
+            "--sparsity."
+        )
+    fallen = [row["site"] for row in record["sites"] if row.get("fallback")]
+    if fallen:
+        progress.warn(
+            f"block {record['block']}: {len(fallen)} linears saw no token and were pruned by "
+            f"magnitude ({fallen[0]}{', ...' if len(fallen) > 1 else ''}); more --num-samples "
+            "would reach them."
+        )
+
+
+class _timed:
+    """Add the seconds of a `with` body to a table."""
+
+    def __init__(self, table: dict[str, float], name: str) -> None:
+        self.table, self.name = table, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.table[self.name] = self.table.get(self.name, 0.0) + time.perf_counter() - self.start

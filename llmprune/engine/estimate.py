@@ -1,0 +1,177 @@
+"""What a run will cost, before it starts: memory, disk, reads, time, and the micro-batch that fits.
+
+All sizes are bytes; the model is described by shapes alone.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmprune.base.errors import TooLarge
+from llmprune.base.memory import anonymous_bytes, parse_size
+from llmprune.calibration.hidden import Place
+from llmprune.walk.forward import LOGITS
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmprune.recipe import Recipe
+
+LIBRARIES = 450_000_000  # anonymous pages of torch, transformers and datasets after import
+GATE_LIBRARIES = 320_000_000  # the fresh process of the gate, without datasets
+ACTIVATIONS = 64_000_000  # a micro-batch may always use this much
+DEVICE_TOKENS = 16384  # a micro-batch on an accelerator holds no more tokens
+WEIGHT_RATE = 0.3e9  # bytes per second that a weight-only cut reads, masks, hashes and writes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes that decide cost; parameters are counts, widths in values."""
+
+    num_blocks: int
+    block_params: int
+    linear_params: int
+    largest_linear: int
+    entrance_params: int
+    exit_params: int
+    hidden_size: int
+    widest: int
+    vocab_size: int
+    stored_bytes: int
+    largest_shard: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """The cost of a run, as the plan prints it."""
+
+    micro_batch: int
+    place: Place
+    host_peak: int
+    device_peak: int
+    hidden_bytes: int
+    out_bytes: int
+    disk_bytes: int
+    read_bytes: int
+    cut_seconds: float
+    evaluate_seconds: float
+    resume_seconds: float
+
+
+def estimate(
+    shape: Shape,
+    *,
+    recipe: Recipe,
+    device: torch.device,
+    itemsize: int,
+    num_samples: int,
+    seq_len: int,
+    eval_tokens: int,
+    forward: bool,
+    removed_bytes: int,
+    rate: float,
+) -> Estimate:
+    """Estimate a run; `itemsize` is that of the dtype that blocks are held in, `rate` in FLOP/s.
+
+    Raises:
+        TooLarge: it does not fit the memory that there is, or that --max-memory allows.
+    """
+    host_budget, device_budget = budgets(recipe, device)
+    on_host = device.type in ("cpu", "mps")
+    per_token = (8 * shape.hidden_size + 4 * shape.widest) * itemsize
+    micro = micro_batch(shape, per_token, seq_len, num_samples, itemsize, device_budget, on_host)
+    micro = micro if forward else 1
+    hidden = num_samples * seq_len * shape.hidden_size * itemsize if forward else 0
+    activations = micro * seq_len * per_token if forward else 0
+    block = shape.block_params * itemsize
+    deciding = shape.largest_linear * (4 + 4 + 2)  # score, its copy for the k-th value, masks
+    working = max(
+        block + max(activations, deciding + shape.largest_shard),
+        (shape.entrance_params * itemsize if forward else 0) + activations,
+        shape.exit_params * itemsize + 3 * LOGITS * 4 if eval_tokens else 0,
+    )
+    place: Place = "device" if not on_host and working + hidden < device_budget else "host"
+    base = max(LIBRARIES, anonymous_bytes())
+    gate = base + GATE_LIBRARIES + 2 * max(shape.exit_params, shape.block_params) * 4
+    fixed = base + (working if on_host else shape.largest_shard + deciding)
+    if place == "host" and fixed + hidden > host_budget:
+        place = "disk"
+    host = max(fixed + (hidden if place == "host" else 0), gate)
+    on_device = 0 if on_host else working + (hidden if place == "device" else 0)
+    _check("cpu", host, host_budget)
+    if not on_host:
+        _check(str(device), on_device, device_budget)
+    flops = 2 * shape.linear_params * shape.num_blocks
+    tokens = num_samples * seq_len if forward else 0
+    head = 2 * shape.exit_params
+    return Estimate(
+        micro_batch=micro,
+        place=place,
+        host_peak=host,
+        device_peak=on_device,
+        hidden_bytes=hidden,
+        out_bytes=shape.stored_bytes - removed_bytes,
+        disk_bytes=shape.stored_bytes - removed_bytes + (hidden if place == "disk" else 0),
+        read_bytes=shape.stored_bytes,
+        cut_seconds=1.85 * flops * tokens / rate + shape.stored_bytes / WEIGHT_RATE,
+        evaluate_seconds=2 * (flops + head) * eval_tokens / rate,
+        resume_seconds=flops * tokens / rate,
+    )
+
+
+def micro_batch(
+    shape: Shape,
+    per_token: int,
+    seq_len: int,
+    num_samples: int,
+    itemsize: int,
+    budget: int,
+    on_host: bool,
+) -> int:
+    """Return the sequences per micro-batch: on a host no more activations than half a block."""
+    if on_host:
+        room = max(ACTIVATIONS, shape.block_params * itemsize // 2)
+    else:
+        room = min(budget // 4, DEVICE_TOKENS * per_token)
+    return max(1, min(num_samples, room // max(1, per_token * seq_len)))
+
+
+def budgets(recipe: Recipe, device: torch.device) -> tuple[int, int]:
+    """Return the bytes that host and device may hold; the same number where they are one."""
+    import psutil
+    import torch
+
+    limits = {name: parse_size(size) for name, size in (recipe.max_memory or {}).items()}
+    host = limits.get("cpu", int(psutil.virtual_memory().available * 0.9) + anonymous_bytes())
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return host, limits.get(f"cuda:{device.index or 0}", limits.get("cuda", int(free * 0.9)))
+    return host, host
+
+
+def measure_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a matrix product of typical size, measured in a few milliseconds."""
+    import torch
+
+    size = 1024 if device.type == "cpu" else 4096
+    left = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 0.6 * 2 * size**3 / best  # attention, norms and copies take the rest
+
+
+def _check(name: str, needed: int, budget: int) -> None:
+    """Raise where a peak is above its budget."""
+    if needed > budget:
+        raise TooLarge(
+            f"the run needs about {needed / 1e9:.2f} GB on {name}, where {budget / 1e9:.2f} GB may "
+            "be used. Fewer --num-samples or a shorter --seq-len need less; --device cpu needs no "
+            f"accelerator; --max-memory {name}=... raises a limit that was set."
+        )

@@ -1,0 +1,136 @@
+"""A run's folder as the cut sees it: where blocks go, what is kept of each, what completes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmprune import __version__
+from llmprune.calibration.text import token_hash
+from llmprune.checkpoint.sink import copy_side_files, shard_name, write_json
+from llmprune.checkpoint.skeleton import build_skeleton, read_config
+from llmprune.checkpoint.source import read_json
+from llmprune.delivery.masks import MaskFiles
+from llmprune.engine.opening import Opened
+from llmprune.engine.records import Records
+from llmprune.engine.solving import Outcome
+from llmprune.walk.rewriting import Rewriting, rewriting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def open_target(opened: Opened, partial: Path) -> Rewriting:
+    """Open the source for rewriting into the partial folder, with modules of the result's shape."""
+    skeleton = opened.blocks.skeleton
+    if opened.plan.config_changes:
+        config = read_config(
+            opened.source.folder, trust_remote_code=opened.plan.recipe.trust_remote_code
+        )
+        for key, value in opened.plan.config_changes.items():
+            setattr(config, key, value)
+        skeleton = build_skeleton(
+            config,
+            dtype=opened.plan.dtype,
+            attention=skeleton.config._attn_implementation,
+            trust_remote_code=opened.plan.recipe.trust_remote_code,
+        )
+    return rewriting(opened.blocks, skeleton, partial)
+
+
+@dataclass(frozen=True)
+class FolderKeeper:
+    """Keeps a block by writing its masks and, last, its record."""
+
+    records: Records
+    blocks: Rewriting
+
+    def whole(self, index: int) -> dict[str, Any] | None:
+        """Return the record of a whole block."""
+        return self.records.whole(index)
+
+    def keep(
+        self, index: int, shard: Path | None, outcome: Outcome, content: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Write masks and record."""
+        assert shard is not None
+        name = shard_name(index, len(self.blocks))
+        masks = self.records.write_masks(name, outcome.keeps, outcome.kept_units)
+        prefix = self.blocks.source.skeleton.prefix(index)
+        params = [prefix + name for name in outcome.touched]
+        touched = sorted(self.blocks.source.naming.disk_names_of(params))
+        shapes = {name: list(keep.shape) for name, keep in outcome.keeps.items()}
+        return self.records.write(
+            index, [shard, masks], {**content, "touched": touched, "masks": shapes}
+        )
+
+
+def complete(
+    opened: Opened, blocks: Rewriting, records: Records, rows: list[dict[str, Any]]
+) -> None:
+    """Write trunk, index, config, masks' index and side files."""
+    blocks.commit_trunk()
+    blocks.write_index()
+    copy_side_files(opened.source.folder, records.partial)
+    if changes := opened.plan.config_changes:
+        write_json(records.partial / "config.json", opened.source.config() | dict(changes))
+    masks = {
+        name: {
+            "file": shard_name(row["block"], len(blocks)).replace("model-", "masks-"),
+            "shape": shape,
+        }
+        for row in rows
+        for name, shape in row["masks"].items()
+    }
+    write_json(records.own / "masks.json", {"true_means": "kept", "masks": masks})
+    run = read_json(records.own / "run.json")
+    write_json(
+        records.own / "run.json",
+        run | {"touched": sorted(t for row in rows for t in row["touched"])},
+    )
+
+
+def prior_masks(opened: Opened) -> Callable[[int], Mapping[str, Tensor]]:
+    """Return what gives the masks of an earlier pruning of the source."""
+    if opened.plan.prune.regrow:
+        return lambda index: {}
+    masks = MaskFiles(opened.source.folder)
+    return lambda index: masks.of_block(opened.blocks.skeleton.prefix(index))
+
+
+def what_fixes(opened: Opened, tokens: Tensor | None) -> dict[str, Any]:
+    """Return what fixes the bytes of a run, for its folder."""
+    import safetensors
+    import transformers
+
+    plan = opened.plan
+    wish = plan.recipe.to_dict()
+    for key in ("out", "max_memory"):
+        wish.pop(key)
+    return {
+        "llmprune": __version__,
+        "recipe": wish,
+        "source": {
+            "name": opened.source.name,
+            "revision": opened.source.revision,
+            "fingerprint": opened.source.fingerprint(),
+        },
+        "tokens": None if tokens is None else token_hash(tokens),
+        "micro_batch": plan.estimate.micro_batch,
+        "place": plan.estimate.place,
+        "threads": torch.get_num_threads(),
+        "device": plan.device.type,
+        "dtype": plan.dtype_name,
+        "attention": opened.blocks.model.config._attn_implementation,
+        "experts": "eager",
+        "world_size": 1,
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+    }

@@ -1,0 +1,175 @@
+"""From a recipe to an opened source and a plan: devices, dtypes, names, shapes, no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmprune.arch.anatomy import family_of
+from llmprune.arch.miniature import SEQ_LEN, miniature_model
+from llmprune.base.errors import CheckpointError, RecipeError
+from llmprune.calibration.capture import check_replay
+from llmprune.catalog import METHODS
+from llmprune.checkpoint.skeleton import build_skeleton, read_config
+from llmprune.checkpoint.source import Source, open_source
+from llmprune.engine.plan import Anatomies, Plan, make_plan
+from llmprune.walk.rewriting import DTYPE_NAMES
+from llmprune.walk.streamed import Streamed, stream
+
+if TYPE_CHECKING:
+    from llmprune.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A source opened for walking, and the plan of what to do with it."""
+
+    source: Source
+    blocks: Streamed
+    plan: Plan
+
+
+def default_out(recipe: Recipe) -> Path:
+    """Return the folder of a result: model, method and amount, in the working directory."""
+    name = Path(recipe.model.rstrip("/")).name
+    pattern = recipe.prune.pattern
+    amount = pattern.replace(":", "of") if ":" in pattern else f"{recipe.prune.sparsity:g}"
+    kind = "" if pattern == "unstructured" or ":" in pattern else f"-{pattern}"
+    return Path(f"{name}-{recipe.prune.method}{kind}-{amount}")
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device to work on: CUDA, else MPS, else the CPU, unless one is named.
+
+    Raises:
+        RecipeError: the named device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise RecipeError(
+            f"device: {name!r} cannot be used ({first}). Type --device cpu."
+        ) from None
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype to compute in: the stored one on accelerators, float32 on the CPU."""
+    if name != "auto":
+        found: torch.dtype = getattr(torch, name)
+        return found
+    return torch.float32 if device.type == "cpu" else stored
+
+
+def storage_dtype(source: Source) -> torch.dtype:
+    """Return the dtype that most of a checkpoint's parameters are stored in."""
+    sizes: dict[str, int] = {}
+    for entry in source.entries.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.num_params
+    most = max(sizes, key=lambda key: sizes[key])
+    if most not in DTYPE_NAMES:
+        raise CheckpointError(
+            f"{source.name} stores its weights as {most}, a quantised type. Prune the 16-bit "
+            "checkpoint it was made from."
+        )
+    found: torch.dtype = getattr(torch, DTYPE_NAMES[most])
+    return found
+
+
+def open_plan(recipe: Recipe) -> Opened:
+    """Open the source and decide the run; no weight is read.
+
+    Raises:
+        LlmpruneError: whatever is wrong with recipe, source, device or memory.
+    """
+    METHODS[recipe.prune.method]
+    out = Path(recipe.out) if recipe.out else default_out(recipe)
+    source = open_source(recipe.model, revision=recipe.revision)
+    device = choose_device(recipe.device)
+    stored = storage_dtype(source)
+    dtype = choose_dtype(recipe.dtype, stored, device)
+    blocks = open_blocks(source, recipe, device, dtype)
+    plan = make_plan(
+        recipe,
+        anatomies_of(blocks),
+        source_name=f"{source.name} ({blocks.model.config.model_type})",
+        out=str(out),
+        config=blocks.model.config,
+        device=device,
+        dtype=dtype,
+        stored_bytes=source.num_bytes,
+        storage_itemsize=stored.itemsize,
+    )
+    if plan.forward:
+        family = blocks.skeleton.family
+        small = miniature_model(blocks.model.config, family)
+        check_replay(small, small.get_submodule(family.blocks), SEQ_LEN)
+    else:
+        blocks = replace(blocks, dtype=None)
+    return Opened(source=source, blocks=blocks, plan=plan)
+
+
+def open_blocks(
+    source: Source, recipe: Recipe, device: torch.device, dtype: torch.dtype
+) -> Streamed:
+    """Open a source for walking."""
+    trust = recipe.trust_remote_code
+    skeleton = build_skeleton(
+        read_config(source.folder, trust_remote_code=trust),
+        dtype=dtype,
+        attention=None if recipe.attention == "auto" else recipe.attention,
+        trust_remote_code=trust,
+    )
+    return stream(source, skeleton, device=device, dtype=dtype)
+
+
+def anatomies_of(blocks: Any) -> Anatomies:
+    """Return the shapes of a model, streamed or in memory."""
+    model = blocks.model
+    inside = family_of(model.config.model_type).blocks + "."
+    return Anatomies(
+        model_type=model.config.model_type,
+        prefixes=tuple(f"{inside}{index}." for index in range(len(blocks))),
+        blocks=tuple(blocks.anatomy(index) for index in range(len(blocks))),
+        shapes=tuple(
+            {name: tuple(value.shape) for name, value in module.named_parameters()}
+            for module in blocks.modules
+        ),
+        trunk={
+            name: tuple(value.shape)
+            for name, value in model.named_parameters()
+            if not name.startswith(inside)
+        },
+    )
+
+
+def read_tokenizer(source: Source, recipe: Recipe) -> Any:
+    """Load the tokenizer of a source.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=recipe.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{source.name} has no usable tokenizer ({first}). Calibration text needs one: copy "
+            "tokenizer.json and tokenizer_config.json of this model into the folder, or use "
+            "--method magnitude, which reads no text."
+        ) from None

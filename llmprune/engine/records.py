@@ -1,0 +1,178 @@
+"""The folder a run works in: what fixed the run, which blocks are whole, and the final rename.
+
+    OUT.partial/  model-00001-of-00007.safetensors ...  llmprune/{run.json, masks-*, records/}
+
+A block is whole when its record, written last, matches the hashes of its shard and its mask file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune.base.errors import CheckpointError, RecipeError
+from llmprune.checkpoint.sink import hash_file, write_failed, write_json, write_tensors
+from llmprune.checkpoint.source import read_json
+from llmprune.mask.packed import pack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OWN = "llmprune"
+OBEYED = ("micro_batch", "threads", "place")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """Reads and writes the state of one run in its partial folder."""
+
+    out: Path
+
+    @property
+    def partial(self) -> Path:
+        return self.out.with_name(self.out.name + ".partial")
+
+    @property
+    def own(self) -> Path:
+        return self.partial / OWN
+
+    def run(self) -> dict[str, Any] | None:
+        """Return what fixed an unfinished run, if there is one."""
+        path = self.own / "run.json"
+        return read_json(path) if path.exists() else None
+
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """Make the folder and write what fixes the run."""
+        self.own.mkdir(parents=True, exist_ok=True)
+        write_json(self.own / "run.json", run)
+
+    def whole(self, index: int) -> dict[str, Any] | None:
+        """Return a block's record if its shard and masks are what was recorded."""
+        path = self._record(index)
+        if not path.exists():
+            return None
+        record = read_json(path)
+        for file, digest in record["files"].items():
+            if not (self.partial / file).exists() or hash_file(self.partial / file) != digest:
+                return None
+        return record
+
+    def write_masks(
+        self, name: str, keeps: Mapping[str, Tensor], units: Mapping[str, Tensor]
+    ) -> Path:
+        """Write packed masks by linear and kept unit indices by site."""
+        path = self.own / name.replace("model-", "masks-")
+        tensors = {linear: pack(keep) for linear, keep in keeps.items()}
+        write_tensors(path, tensors | {site: kept.cpu() for site, kept in units.items()})
+        return path
+
+    def write(self, index: int, files: list[Path], content: Mapping[str, Any]) -> dict[str, Any]:
+        """Record that a block is whole; the last write of a block."""
+        hashes = {str(path.relative_to(self.partial)): hash_file(path) for path in files}
+        record = {"block": index, "files": hashes, **content}
+        write_json(self._record(index), record)
+        return record
+
+    def publish(self, *, overwrite: bool) -> None:
+        """Give the proven folder its name; an old result is removed only after that."""
+        shutil.rmtree(self.own / "records", ignore_errors=True)
+        old = self.out.with_name(self.out.name + ".old")
+        if self.out.exists():
+            if any(self.out.iterdir()) and not overwrite:
+                raise CheckpointError(f"{self.out} appeared meanwhile and is not empty; rename it.")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(self.out, old)
+        os.replace(self.partial, self.out)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove everything that the run wrote."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder against a second run.
+
+        Raises:
+            CheckpointError: another run works in it, or it cannot be written.
+        """
+        path = self.out.with_name(f".{self.out.name}.lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = path.open("w")
+        except OSError as error:
+            raise write_failed(path.parent, error) from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise CheckpointError(
+                    f"another run is writing {self.out}. Wait for it, or choose another --out."
+                ) from None
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
+    def _record(self, index: int) -> Path:
+        return self.own / "records" / f"{index + 1:05d}.json"
+
+
+def check_out(out: Path, source: Path | None, *, overwrite: bool) -> None:
+    """Check that a result may be written to a folder.
+
+    Raises:
+        RecipeError: it is the source, lies in it, is a file, or holds something already.
+    """
+    resolved = out.resolve()
+    if source is not None:
+        home = source.resolve()
+        if resolved == home or home in resolved.parents or resolved in home.parents:
+            raise RecipeError(
+                f"out: {out} is (or contains, or lies in) the source {source}, which is never "
+                "changed. Choose another folder with --out."
+            )
+    if out.is_file():
+        raise RecipeError(f"out: {out} is a file. Choose a folder with --out.")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise RecipeError(
+            f"out: {out} is not empty. Choose another folder with --out, or add --overwrite."
+        )
+
+
+def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], holder: str) -> None:
+    """Check that what a folder holds was asked for as this run is; `holder` names the folder.
+
+    Raises:
+        RecipeError: they differ; names the keys.
+    """
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    differing = [
+        f"{key}: {before.get(key)!r} then, {after.get(key)!r} now"
+        for key in sorted(before.keys() | after.keys())
+        if key.split(".")[0] not in OBEYED and before.get(key) != after.get(key)
+    ]
+    if differing:
+        raise RecipeError(
+            f"out: {holder} of a run that differs in\n  "
+            + "\n  ".join(differing)
+            + "\nUse the same settings, choose another --out, or replace it with --overwrite."
+        )
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the key paths of nested data with their values."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}[{index}]")
+    else:
+        yield path, value

@@ -1,0 +1,148 @@
+"""One group of one block: score, pool, choose, solve, and (for units) shrink or zero.
+
+Legend: O outputs, I inputs, U units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from llmprune.arch.types import Site
+from llmprune.catalog import Method
+from llmprune.engine.sites import Group
+from llmprune.mask.pattern import Channels, Pattern, choose_keep, pool
+from llmprune.mask.rank import keep_highest
+from llmprune.score import SCORES
+from llmprune.solver import SOLVERS
+from llmprune.solver.types import Choose
+from llmprune.stats.types import Stats
+from llmprune.walk.block import Block
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NO_TOKENS = "magnitude (no token reached it)"
+EMPTY = Stats(num_tokens=0, values={})
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What became of a block: rows for the report, masks by linear, kept units by site."""
+
+    rows: list[dict[str, object]] = field(default_factory=list)
+    keeps: dict[str, Tensor] = field(default_factory=dict)
+    kept_units: dict[str, Tensor] = field(default_factory=dict)
+    touched: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cutter:
+    """All that decides a group: method, pattern, counts, whether units are cut out or zeroed."""
+
+    method: Method
+    pattern: Pattern
+    group: Literal["row", "matrix"]
+    shrink: bool
+    counts: Mapping[str, int]
+
+    def cut(
+        self,
+        group: Group,
+        block: Block,
+        stats: Stats,
+        prior: Mapping[str, Tensor],
+        outcome: Outcome,
+    ) -> None:
+        """Decide and carry out one group; `prior` is the keep_OI of earlier prunings by linear."""
+        if group.coupling is None:
+            self._cut_weights(group, block, stats, prior, outcome)
+        else:
+            self._cut_units(group, block, stats, outcome)
+
+    def _cut_weights(
+        self,
+        group: Group,
+        block: Block,
+        stats: Stats,
+        prior: Mapping[str, Tensor],
+        outcome: Outcome,
+    ) -> None:
+        assert not isinstance(self.pattern, Channels)
+        score, fallback = self._score(stats)
+        weights = {site.name: block.weight(site.spans[0].linear) for site in group.sites}
+        chooses: dict[str, Choose] = {}
+        for site in group.sites:
+            score_OI = SCORES[score].fn(weights[site.name], stats)
+            if site.name in prior:
+                score_OI.masked_fill_(~prior[site.name].to(score_OI.device), -torch.inf)
+            keep_OI = choose_keep(self.pattern, score_OI, self.counts[site.name], self.group)
+            chooses[site.name] = _answer(keep_OI)
+            del score_OI
+        solver = SOLVERS[self.method.solver].fn
+        for site, solved in zip(
+            group.sites, solver(weights, {group.tap: stats}, chooses).values(), strict=True
+        ):
+            if solved.weight_OI is not weights[site.name]:
+                weights[site.name].copy_(solved.weight_OI)
+            outcome.keeps[site.name] = solved.keep_OI
+            outcome.touched |= block.params_of({site.spans[0].linear})
+            removed = site.num_units - int(solved.keep_OI.sum())
+            outcome.rows.append(_row(site, removed, stats, fallback))
+
+    def _cut_units(self, group: Group, block: Block, stats: Stats, outcome: Outcome) -> None:
+        assert group.coupling is not None
+        (site,) = group.sites
+        score, fallback = self._score(stats)
+        reader = next(span.linear for span in site.spans if span.axis == "in")
+        score_OU = SCORES[score].fn(block.weight(reader), stats)
+        unit_score_U = pool(score_OU, self.method.pool)
+        count = self.counts[site.name]
+        keep_U = keep_highest(unit_score_U[None], torch.tensor([count]))[0]
+        kept = keep_U.nonzero().flatten()
+        outcome.kept_units[site.name] = kept.to(torch.int32)
+        if self.shrink:
+            outcome.touched |= block.shrink(group.coupling, kept)
+        else:
+            for span in site.spans:
+                weight_OI = block.weight(span.linear)
+                axis = keep_U[:, None] if span.axis == "out" else keep_U[None, :]
+                keep_OI = axis.expand_as(weight_OI)
+                weight_OI.masked_fill_(~keep_OI, 0)
+                outcome.keeps[block.prefix + span.linear] = keep_OI
+                outcome.touched |= block.params_of({span.linear})
+        outcome.rows.append(_row(site, count, stats, fallback))
+
+    def _score(self, stats: Stats) -> tuple[str, str | None]:
+        """Return the score to use: magnitude where activations are needed and none were seen."""
+        if SCORES[self.method.score].needs and stats.num_tokens == 0:
+            return "magnitude", NO_TOKENS
+        return self.method.score, None
+
+
+def _answer(keep_OI: Tensor) -> Choose:
+    """Return the choice of a score that does not adapt: decided once, the same for every call."""
+
+    def choose(weight_OC: Tensor, cols: slice, curvature_C: Tensor | None) -> Tensor:
+        return keep_OI[:, cols]
+
+    return choose
+
+
+def _row(site: Site, removed: int, stats: Stats, fallback: str | None) -> dict[str, object]:
+    """Return a site's line of the report."""
+    row: dict[str, object] = {
+        "site": site.name,
+        "units": site.num_units,
+        "removed": removed,
+        "weights": site.num_weights,
+        "removed_weights": removed * site.unit_cost,
+        "sparsity": removed / site.num_units,
+        "tokens": stats.num_tokens,
+    }
+    if fallback:
+        row["fallback"] = fallback
+    return row

@@ -1,0 +1,17 @@
+"""What the user wants: frozen models, read from YAML or plain data."""
+
+from llmprune.recipe.models import Calibration, EvaluateStep, PruneStep, Recipe, Step
+from llmprune.recipe.reading import build, default_steps, differences, override, read_recipe
+
+__all__ = [
+    "Calibration",
+    "EvaluateStep",
+    "PruneStep",
+    "Recipe",
+    "Step",
+    "build",
+    "default_steps",
+    "differences",
+    "override",
+    "read_recipe",
+]

@@ -1,0 +1,116 @@
+"""The report of a run: plain data that is written as report.json and read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune import __version__
+from llmprune.base.errors import CheckpointError
+from llmprune.base.memory import anonymous_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmprune.base.progress import Progress
+    from llmprune.engine.plan import Plan
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What a run did; `data` is report.json, `masks` the packed masks of a model in memory.
+
+    `str(report)` is the table that the command prints.
+    """
+
+    data: Mapping[str, Any]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Report:
+        """Read the report of a result.
+
+        Raises:
+            CheckpointError: the folder was not written by llmprune.
+        """
+        path = Path(folder) / "llmprune" / "report.json"
+        if not path.exists():
+            raise CheckpointError(
+                f"{folder} has no llmprune/report.json, so it is not a finished result of "
+                "llmprune. Prune a model first: llmprune --model MODEL --sparsity 0.5 --out DIR."
+            )
+        return cls(json.loads(path.read_text(encoding="utf-8")))
+
+    @property
+    def out(self) -> Path | None:
+        """Return the folder of the result; none for a model in memory."""
+        return Path(self.data["out"]) if self.data["out"] else None
+
+    @property
+    def sparsity(self) -> float:
+        """Return the removed share of the eligible weights."""
+        return float(self.data["sparsity"])
+
+    @property
+    def perplexity(self) -> tuple[float, float] | None:
+        """Return (dense, pruned) perplexity where it was measured."""
+        found = self.data.get("perplexity")
+        return (found["dense"]["value"], found["pruned"]["value"]) if found else None
+
+    def table(self) -> str:
+        """Return one line per site: weights, removed, sparsity, tokens."""
+        from llmprune.report.tables import columns
+
+        rows = [
+            (
+                row["site"],
+                f"{row['weights']:,}",
+                f"{row['removed_weights']:,}",
+                f"{row['sparsity']:.4f}",
+                f"{row['tokens']:,}",
+                row.get("fallback", ""),
+            )
+            for block in self.data["blocks"]
+            for row in block["sites"]
+        ]
+        return columns(("site", "weights", "removed", "sparsity", "tokens", ""), rows)
+
+    def __repr__(self) -> str:
+        from llmprune.report.tables import report_text
+
+        return report_text(self.data)
+
+
+def report_data(
+    plan: Plan,
+    rows: list[dict[str, Any]],
+    *,
+    fixed: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return what report.json holds, without proof and perplexity."""
+    removed = sum(row["removed_weights"] for block in rows for row in block["sites"])
+    shrunk = plan.form == "shrunk"
+    return {
+        "llmprune": __version__,
+        "out": plan.out,
+        "model": plan.source_name,
+        "method": plan.method.name,
+        "form": plan.form,
+        "tier": plan.tier,
+        "sparsity": removed / plan.eligible,
+        "sparsity_asked": plan.prune.sparsity,
+        "sparsity_of_all": removed / plan.num_params,
+        "parameters_before": plan.num_params,
+        "parameters_after": plan.num_params - (removed if shrunk else 0),
+        "run": dict(fixed),
+        "seconds": dict(seconds),
+        "peak_memory": max([anonymous_bytes(), *(row["memory"] for row in rows)]),
+        "blocks": rows,
+        "skipped": [asdict(row) for row in plan.skipped],
+        "warnings": list(progress.warnings),
+    }

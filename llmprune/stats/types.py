@@ -1,0 +1,61 @@
+"""What calibration learns about a tap, and what collects it.
+
+Legend: T tokens, I inputs of the tap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """The statistics of one tap by name, and the number of tokens that they sum over.
+
+    >>> import torch
+    >>> Stats(num_tokens=5, values={"col_sq": torch.ones(3)})["col_sq"].shape
+    torch.Size([3])
+    """
+
+    num_tokens: int
+    values: Mapping[str, Tensor]
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Return a statistic.
+
+        Raises:
+            KeyError: it was not collected; a mistake in the table row of a score or solver.
+        """
+        if key not in self.values:
+            present = ", ".join(sorted(self.values)) or "none"
+            raise KeyError(
+                f"statistic {key!r} was not collected over {self.num_tokens} tokens (present: "
+                f"{present}); declare it in `needs` of the score or solver that reads it"
+            )
+        return self.values[key]
+
+
+class Accumulator(Protocol):
+    """A sum over tokens that can be taken in parts."""
+
+    def update(self, x: Tensor) -> None:
+        """Add the tokens of `x` (..., I)."""
+
+    def merge(self, other: Self) -> None:
+        """Add what another accumulator of this kind has seen."""
+
+    def result(self) -> Stats:
+        """Return the statistics of all tokens so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistic:
+    """One row of the table of statistics: who collects it, where it is seen, how it is shaped."""
+
+    accumulator: Callable[[], Accumulator]
+    observe: Literal["tap", "weight", "residual", "block_gradient", "backward"]
+    shape: str

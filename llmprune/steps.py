@@ -1,0 +1,301 @@
+"""The recipe's steps in order: cut, prove, evaluate, publish; the same for a model in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmprune.base.errors import LlmpruneError, RecipeError, TooLarge
+from llmprune.base.progress import Progress
+from llmprune.calibration.text import evaluation_text, read_documents, token_ids, tokenize_windows
+from llmprune.checkpoint.sink import write_json
+from llmprune.checkpoint.source import check_free_space, read_json
+from llmprune.delivery.gate import clean_scratch, pass_gate
+from llmprune.engine.cut import cut
+from llmprune.engine.folder import (
+    FolderKeeper,
+    complete,
+    open_target,
+    prior_masks,
+    what_fixes,
+)
+from llmprune.engine.opening import Opened, anatomies_of, read_tokenizer
+from llmprune.engine.plan import Plan, make_plan
+from llmprune.engine.records import OBEYED, OWN, Records, check_out, check_same_run
+from llmprune.engine.solving import Outcome
+from llmprune.evaluation.perplexity import Perplexity, cut_windows, of_blocks
+from llmprune.mask.packed import pack
+from llmprune.report.run import Report, report_data
+from llmprune.walk.forward import Stream, embed
+from llmprune.walk.resident import resident
+from llmprune.walk.rewriting import Rewriting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from llmprune.recipe import Recipe
+
+
+def calibration_tokens(
+    plan: Plan, tokenizer: Any, progress: Progress, *, texts: Sequence[str] | None = None
+) -> Tensor:
+    """Return the token batches (N, T) of the recipe's text, or of texts given as strings."""
+    wish = plan.recipe.calibration
+    if texts is None and wish.data == "demo" and plan.recipe.model != "demo":
+        progress.note(
+            "calibration: the bundled demo text (English novels). Text like that of your use gives "
+            "a better result: --calib FILE."
+        )
+    tokens, notice = tokenize_windows(
+        texts or read_documents(wish.data, seed=plan.recipe.seed, column=wish.column),
+        tokenizer,
+        num_samples=wish.num_samples,
+        seq_len=plan.seq_len,
+        seed=plan.recipe.seed,
+        bos=wish.bos,
+    )
+    if notice:
+        progress.warn(notice)
+    return tokens
+
+
+def run_streamed(
+    opened: Opened, progress: Progress, *, tokens: Tensor | None = None, overwrite: bool = False
+) -> Report:
+    """Carry out a plan: cut, prove, evaluate, publish; or continue where an earlier run stopped.
+
+    Raises:
+        LlmpruneError: nothing is published, and the source is as it was.
+    """
+    plan, out = opened.plan, Path(str(opened.plan.out))
+    records = Records(out=out)
+    local = None if opened.source.fetch else opened.source.folder
+    with records.lock(), _memory_errors():
+        if finished := _finished(out, plan, overwrite):
+            progress.note(f"{out} already holds this result; nothing to do")
+            return finished
+        check_out(out, local, overwrite=overwrite)
+        unfinished = records.run()
+        if plan.forward and tokens is None:
+            tokens = calibration_tokens(plan, read_tokenizer(opened.source, plan.recipe), progress)
+        fixed = what_fixes(opened, tokens)
+        fresh = unfinished is None or overwrite
+        if unfinished is not None and not overwrite:
+            check_same_run(unfinished, fixed, f"{records.partial} holds the beginning")
+            fixed |= {key: unfinished[key] for key in OBEYED}
+        else:
+            check_free_space(out, plan.estimate.disk_bytes, "the result")
+            records.discard()
+        try:
+            if fresh:
+                records.begin(fixed)
+            progress.bind(records.own / "events.jsonl")
+            report = _carry_out(opened, records, fixed, tokens, progress)
+            records.publish(overwrite=overwrite)
+        except LlmpruneError:
+            if fresh and not (records.own / "records").exists():
+                records.discard()
+            raise
+    progress.bind(out / OWN / "events.jsonl")
+    progress.event("published", out=str(out))
+    return report
+
+
+def _carry_out(
+    opened: Opened,
+    records: Records,
+    fixed: Mapping[str, Any],
+    tokens: Tensor | None,
+    progress: Progress,
+) -> Report:
+    """Cut, finish, prove and evaluate in the partial folder; return the report."""
+    plan = opened.plan
+    seconds: dict[str, float] = {}
+    torch.set_num_threads(int(fixed["threads"]))
+    blocks = open_target(opened, records.partial)
+    clean_scratch(records.partial)
+    flow: Stream | None = None
+    with _stage(seconds, "embed"):
+        if tokens is not None and plan.forward:
+            place = fixed["place"]
+            folder = records.own / "hidden" if place == "disk" else None
+            flow = embed(blocks, tokens, int(fixed["micro_batch"]), place=place, folder=folder)
+    with _stage(seconds, "cut"):
+        keeper = FolderKeeper(records, blocks)
+        rows = cut(plan, blocks, flow, keeper, progress, prior=prior_masks(opened))
+    if flow is not None:
+        flow.hidden.close()
+    with _stage(seconds, "finish"):
+        complete(opened, blocks, records, rows)
+    with _stage(seconds, "gate"), progress.stage("gate", 1) as stage:
+        verdict = pass_gate(
+            records.partial,
+            device=torch.device("cpu"),
+            dtype=plan.dtype,
+            source=opened.source,
+            attention=None if plan.recipe.attention == "auto" else plan.recipe.attention,
+            trust_remote_code=plan.recipe.trust_remote_code,
+        )
+        stage.advance("loads in a fresh process")
+    quality = None
+    if plan.eval_windows:
+        with _stage(seconds, "evaluate"):
+            quality = _evaluate(opened, blocks, records, progress)
+    report = Report(
+        report_data(plan, rows, fixed=fixed, seconds=seconds, progress=progress)
+        | {"gate": verdict.to_dict(), "perplexity": quality}
+    )
+    report.data["gate"]["folder"] = str(plan.out)
+    write_json(records.own / "report.json", report.data)
+    return report
+
+
+def run_resident(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    tokens: Tensor | None = None,
+    tokenizer: Any = None,
+    texts: Sequence[str] | None = None,
+) -> Report:
+    """Prune a model in memory, in place, through the same loop; nothing is written.
+
+    Raises:
+        LlmpruneError: the wish cannot be met.
+    """
+    seconds: dict[str, float] = {}
+    with resident(model) as blocks, _memory_errors():
+        plan = make_plan(
+            recipe,
+            anatomies_of(blocks),
+            source_name=f"{recipe.model} ({model.config.model_type})",
+            out=None,
+            config=model.config,
+            device=blocks.device,
+            dtype=model.dtype,
+            stored_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+            storage_itemsize=model.dtype.itemsize,
+            may_evaluate=False,
+        )
+        flow = None
+        if plan.forward:
+            if tokens is None:
+                if tokenizer is None:
+                    raise RecipeError(
+                        "tokenizer: a model in memory needs one for calibration text. Pass "
+                        "tokenizer=..., or token ids (N, T) as calib=..."
+                    )
+                tokens = calibration_tokens(plan, tokenizer, progress, texts=texts)
+            flow = embed(blocks, tokens, plan.estimate.micro_batch, place=plan.estimate.place)
+        keeper = MemoryKeeper()
+        with _stage(seconds, "cut"):
+            rows = cut(plan, blocks, flow, keeper, progress)
+    for key, value in plan.config_changes.items():
+        setattr(model.config, key, value)
+    data = report_data(plan, rows, fixed={}, seconds=seconds, progress=progress)
+    return Report(data, masks=keeper.masks)
+
+
+class MemoryKeeper:
+    """Keeps packed masks and kept units of a model in memory; no block is whole before the run."""
+
+    def __init__(self) -> None:
+        self.masks: dict[str, Tensor] = {}
+
+    def whole(self, index: int) -> dict[str, Any] | None:
+        """Return nothing: a model in memory is not resumed."""
+        return None
+
+    def keep(
+        self, index: int, shard: Path | None, outcome: Outcome, content: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Keep the masks of a block."""
+        self.masks |= {name: pack(keep) for name, keep in outcome.keeps.items()}
+        self.masks |= outcome.kept_units
+        return {"block": index, **content}
+
+
+def _evaluate(
+    opened: Opened, blocks: Rewriting, records: Records, progress: Progress
+) -> dict[str, Any]:
+    """Return dense and pruned perplexity of the same windows."""
+    plan = opened.plan
+    wish = next(step.evaluate for step in plan.recipe.steps if step.evaluate is not None)
+    tokenizer = read_tokenizer(opened.source, plan.recipe)
+    ids = token_ids(
+        evaluation_text(wish.data), tokenizer, limit=plan.eval_windows * plan.seq_len + 1
+    )
+    windows = cut_windows(ids, plan.seq_len, num_windows=plan.eval_windows)
+    found = {}
+    with progress.stage("perplexity", 2) as stage:
+        for name, side in (
+            ("dense", replace(opened.blocks, dtype=plan.dtype)),
+            ("pruned", replace(blocks.result, dtype=plan.dtype)),
+        ):
+            value, count = of_blocks(side, windows, micro_batch=plan.estimate.micro_batch)
+            found[name] = asdict(
+                Perplexity(
+                    value=value,
+                    num_windows=len(windows),
+                    seq_len=plan.seq_len,
+                    num_predicted=count,
+                    bos=False,
+                    data=wish.data,
+                )
+            )
+            stage.advance(name, perplexity=value)
+    return found
+
+
+def _finished(out: Path, plan: Plan, overwrite: bool) -> Report | None:
+    """Return the report of a finished result of the same recipe.
+
+    Raises:
+        RecipeError: the folder holds the result of another recipe.
+    """
+    path = out / OWN / "run.json"
+    if overwrite or not path.exists() or not (out / OWN / "report.json").exists():
+        return None
+    wish = plan.recipe.to_dict()
+    before = dict(read_json(path).get("recipe", {}))
+    for key in ("out", "max_memory"):
+        wish.pop(key)
+    check_same_run({"recipe": before}, {"recipe": wish}, f"{out} holds the result")
+    return Report.read(out)
+
+
+@contextmanager
+def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Time a stage of the run."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = round(time.perf_counter() - start, 3)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turn an allocator's failure into a message that says what lowers memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+            words in text for words in ("can't allocate memory", "out of memory", "Cannot allocate")
+        )
+        if not is_memory or isinstance(error, LlmpruneError):
+            raise
+        raise TooLarge(
+            f"out of memory ({text.splitlines()[0] if text else type(error).__name__}). Fewer "
+            "--num-samples, a shorter --seq-len or a lower --max-memory need less; the same "
+            "command resumes."
+        ) from error

@@ -1,0 +1,1 @@
+"""Visiting blocks in order: one block at a time on the device."""

@@ -1,0 +1,117 @@
+"""Token batches through the blocks: embed, advance block by block, and the head at the end.
+
+Legend: B sequences of a micro-batch, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmprune.base.errors import NumericalError
+from llmprune.calibration.capture import Arguments, call, capture, head, same
+from llmprune.calibration.hidden import HiddenStates, Place
+from llmprune.walk.block import Block, Blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+LOGITS = 16_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Hidden states of all micro-batches and, per micro-batch, the arguments of every block.
+
+    Micro-batches that are given the same arguments share them.
+    """
+
+    hidden: HiddenStates
+    arguments: tuple[list[Arguments], ...]
+
+    def __len__(self) -> int:
+        return len(self.arguments)
+
+
+def embed(
+    blocks: Blocks,
+    tokens_NT: Tensor,
+    micro_batch: int,
+    *,
+    place: Place = "host",
+    folder: Path | None = None,
+) -> Stream:
+    """Embed tokens in micro-batches and record what every block is given."""
+    import torch
+
+    hidden = HiddenStates(place, folder)
+    kept: list[list[Arguments]] = []
+    with torch.no_grad(), blocks.trunk(head=False) as model:
+        for ids_BT in tokens_NT.split(micro_batch):
+            first, arguments = capture(model, blocks.modules, ids_BT.to(blocks.device))
+            hidden.append(first)
+            kept.append(next((old for old in kept[:1] if same(old, arguments)), arguments))
+    return Stream(hidden=hidden, arguments=tuple(kept))
+
+
+def advance(block: Block, stream: Stream, *, known: Mapping[int, Tensor] | None = None) -> None:
+    """Replace every micro-batch by the block's output; `known` outputs are not computed again.
+
+    Raises:
+        NumericalError: the output is not finite.
+    """
+    import torch
+
+    with torch.no_grad():
+        for batch, arguments in enumerate(stream.arguments):
+            output = (known or {}).get(batch)
+            if output is None:
+                hidden = stream.hidden.get(batch, block.device)
+                output = call(block.module, hidden, arguments[block.index])
+                check_activation(output, f"output of block {block.index}")
+            stream.hidden.set(batch, output)
+
+
+def check_activation(value: Tensor, what: str) -> None:
+    """Check an activation for NaN and infinity.
+
+    Raises:
+        NumericalError: with what it is an activation of.
+    """
+    import torch
+
+    low, high = torch.aminmax(value)
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise NumericalError(
+            f"the {what} holds NaN or infinity. In float16 large activations overflow: use "
+            "--dtype bfloat16 or float32; otherwise the checkpoint is damaged."
+        )
+
+
+def logits(
+    blocks: Blocks, stream: Stream, *, chunk: int | None = None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (micro-batch, first position, logits_BtV) of hidden states that have passed all blocks.
+
+    A chunk of positions holds at most `LOGITS` values, so a large vocabulary costs no memory.
+    """
+    import torch
+
+    vocab = blocks.model.config.get_text_config().vocab_size
+
+    with torch.no_grad(), blocks.trunk(head=True) as model:
+        for batch in range(len(stream)):
+            hidden = stream.hidden.get(batch, blocks.device)
+            size = chunk or max(1, LOGITS // (vocab * hidden.shape[0]))
+            for start in range(0, hidden.shape[1], size):
+                yield batch, start, head(model, blocks.modules, hidden[:, start : start + size])
+
+
+def walk(blocks: Blocks, stream: Stream) -> None:
+    """Send hidden states through all blocks, one block on the device at a time."""
+    for index in range(len(blocks)):
+        with blocks.open(index) as block:
+            advance(block, stream)

@@ -1,0 +1,144 @@
+"""Watching a block: statistics of what its linears read, once per tap, in one forward.
+
+The multiplication itself is watched, not a module: a linear that is a slice of a stacked parameter
+(one expert) is seen like any other. Legend: T tokens, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from llmprune.base.errors import NumericalError
+from llmprune.calibration.capture import call
+from llmprune.stats import STATISTICS
+from llmprune.stats.types import Stats
+from llmprune.walk.block import Block
+from llmprune.walk.forward import Stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MULTIPLICATIONS = frozenset(
+    {
+        torch.nn.functional.linear,
+        torch.addmm,
+        torch.mm,
+        torch.matmul,
+        torch.Tensor.matmul,
+        torch.Tensor.mm,
+        torch.Tensor.__matmul__,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """Statistics by tap, and the dense output of the first micro-batch."""
+
+    stats: Mapping[str, Stats]
+    dense_output: Tensor
+
+
+class _Complete(Exception):
+    """Leaves a block once every tap has been read."""
+
+
+class _Watch(TorchFunctionMode):
+    """Hands the left operand of watched products to a function, then leaves if all were read."""
+
+    def __init__(
+        self, taps: Mapping[int, str], read: Callable[[str, Tensor], None], leave: bool
+    ) -> None:
+        super().__init__()
+        self.taps = taps
+        self.read = read
+        self.leave = leave
+        self.missing = set(taps.values())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in MULTIPLICATIONS:
+            for left, right in pairwise(args):
+                tap = self.taps.get(right.data_ptr()) if isinstance(right, torch.Tensor) else None
+                if tap is not None and isinstance(left, torch.Tensor):
+                    self.read(tap, left)
+                    self.missing.discard(tap)
+                    if self.leave and not self.missing:
+                        raise _Complete
+        return func(*args, **(kwargs or {}))
+
+
+def observe(
+    block: Block, stream: Stream, needs: Mapping[str, tuple[str, ...]], *, dense: bool
+) -> Seen:
+    """Collect the statistics that each tap needs over all micro-batches.
+
+    The forward stops at the last tap: what follows it is not needed. The first micro-batch runs to
+    its end, and its output is kept for the error; with `dense` all do, and replace the hidden
+    states.
+
+    Raises:
+        NumericalError: a tap reads NaN or infinity; names tap and block.
+    """
+    accumulators = {
+        tap: {name: STATISTICS[name].accumulator() for name in names}
+        for tap, names in needs.items()
+    }
+
+    def read(tap: str, value: Tensor) -> None:
+        for accumulator in accumulators[tap].values():
+            accumulator.update(value)
+
+    pointers = _pointers(block, needs)
+    first: Tensor | None = None
+    with torch.no_grad():
+        for batch, arguments in enumerate(stream.arguments):
+            hidden = stream.hidden.get(batch, block.device)
+            leave = batch > 0 and not dense
+            try:
+                with _Watch(pointers, read, leave):
+                    output = call(block.module, hidden, arguments[block.index])
+            except _Complete:
+                continue
+            first = output.clone() if batch == 0 else first
+            if dense:
+                stream.hidden.set(batch, output)
+    assert first is not None
+    stats = {tap: _merge(each) for tap, each in accumulators.items()}
+    _check(block, stats)
+    return Seen(stats=stats, dense_output=first)
+
+
+def _pointers(block: Block, needs: Mapping[str, tuple[str, ...]]) -> dict[int, str]:
+    """Return the address of the matrix that each needed tap's first reader multiplies with."""
+    found = {}
+    for tap in block.anatomy.taps:
+        if tap.name in needs:
+            linear = block.anatomy.linears[tap.readers[0]]
+            param = block.module.get_parameter(linear.param)
+            found[linear.stored(param.data).data_ptr()] = tap.name
+    return found
+
+
+def _merge(accumulators: Mapping[str, Any]) -> Stats:
+    """Join the statistics of one tap."""
+    results = [accumulator.result() for accumulator in accumulators.values()]
+    values = {key: value for result in results for key, value in result.values.items()}
+    return Stats(num_tokens=results[0].num_tokens, values=values)
+
+
+def _check(block: Block, stats: Mapping[str, Stats]) -> None:
+    """Raise where a statistic is not finite."""
+    for tap, each in stats.items():
+        for name, value in each.values.items():
+            if not torch.isfinite(value).all():
+                raise NumericalError(
+                    f"activation {tap!r} of block {block.index} holds NaN or infinity ({name}). In "
+                    "float16 large activations overflow: use --dtype bfloat16 or float32; "
+                    "otherwise the checkpoint is damaged."
+                )

@@ -1,0 +1,82 @@
+"""Blocks of a model that is already in memory: pruned in place, through the same loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmprune.arch.anatomy import Anatomy, anatomy_of, family_of
+from llmprune.arch.types import Family
+from llmprune.checkpoint.skeleton import use_eager_experts
+from llmprune.walk.block import Block
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resident:
+    """A `PreTrainedModel`, visited block by block; committing leaves the block where it is."""
+
+    model: Any
+    family: Family
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @property
+    def modules(self) -> Any:
+        return self.model.get_submodule(self.family.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = self.model.device
+        return found
+
+    def anatomy(self, index: int) -> Anatomy:
+        """Return the linears and taps of a block."""
+        shapes = {name: tuple(p.shape) for name, p in self.modules[index].named_parameters()}
+        return anatomy_of(self.family, shapes)
+
+    @contextmanager
+    def open(self, index: int) -> Iterator[Block]:
+        """Yield a block where it is."""
+        yield Block(
+            index=index,
+            prefix=f"{self.family.blocks}.{index}.",
+            module=self.modules[index],
+            anatomy=self.anatomy(index),
+            device=self.device,
+        )
+
+    stored = open
+
+    @contextmanager
+    def trunk(self, *, head: bool) -> Iterator[Any]:
+        """Yield the model, whose trunk is in place."""
+        yield self.model
+
+    def commit(self, block: Block, touched: set[str]) -> None:
+        """Keep the block; its parameters were edited in place."""
+
+
+@contextmanager
+def resident(model: Any) -> Iterator[Resident]:
+    """Open a model in memory for pruning; mode, experts and cache settings come back at the end.
+
+    Raises:
+        UnsupportedModel: the model's family is not known.
+    """
+    family = family_of(model.config.model_type)
+    training = model.training
+    experts = getattr(model.config, "_experts_implementation", None)
+    use_eager_experts(model)
+    model.eval()
+    try:
+        yield Resident(model=model, family=family)
+    finally:
+        model.train(training)
+        if experts is not None and hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation(experts)

@@ -1,0 +1,145 @@
+"""Blocks streamed from a checkpoint: one at a time on the device, the rest on meta."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmprune.arch.anatomy import Anatomy, anatomy_of
+from llmprune.base.errors import CheckpointError
+from llmprune.checkpoint.naming import Naming, naming_of
+from llmprune.checkpoint.skeleton import Skeleton, empty, fill, tie
+from llmprune.checkpoint.source import Source
+from llmprune.walk.block import Block
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """A checkpoint opened for walking; `dtype` None keeps the stored dtype (no forward is run)."""
+
+    source: Source
+    skeleton: Skeleton
+    naming: Naming
+    unused: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype | None
+
+    def __len__(self) -> int:
+        return len(self.skeleton.blocks)
+
+    @property
+    def model(self) -> Any:
+        return self.skeleton.model
+
+    @property
+    def modules(self) -> Any:
+        return self.skeleton.blocks
+
+    def anatomy(self, index: int) -> Anatomy:
+        """Return the linears and taps of a block; reads nothing."""
+        return anatomy_of(self.skeleton.family, self.skeleton.shapes(index))
+
+    @contextmanager
+    def open(self, index: int) -> Iterator[Block]:
+        """Read one block and bring it to the device; it is freed at the end."""
+        prefix = self.skeleton.prefix(index)
+        module = self.skeleton.blocks[index]
+        params = self._read(self.naming.disk_names(prefix))
+        try:
+            fill(module, {name.removeprefix(prefix): value for name, value in params.items()})
+            yield Block(
+                index=index,
+                prefix=prefix,
+                module=module,
+                anatomy=self.anatomy(index),
+                device=self.device,
+            )
+        finally:
+            empty(module)
+
+    @contextmanager
+    def trunk(self, *, head: bool) -> Iterator[Any]:
+        """Read embeddings (or, with `head`, all of the trunk but untied token embeddings)."""
+        model = self.model
+        entrance, exit_ = model.get_input_embeddings(), model.get_output_embeddings()
+        tied = bool(getattr(model, "all_tied_weights_keys", None))
+        unwanted = (entrance if head else exit_) if not tied else None
+        names = [
+            name
+            for name, value in model.named_parameters()
+            if name in self.skeleton.trunk_params()
+            and (unwanted is None or value is not unwanted.weight)
+        ]
+        self._move_buffers()
+        try:
+            fill(model, self._read(sorted(self.naming.disk_names_of(names))))
+            tie(model)
+            yield model
+        finally:
+            empty(model, names)
+            tie(model)
+
+    def _read(self, disk_names: list[str]) -> dict[str, Tensor]:
+        """Read tensors, convert them to parameters and bring them to device and dtype."""
+        params = self.naming.to_params(self.source.get(disk_names))
+        ready = {}
+        for name in list(params):
+            value = params.pop(name)
+            wanted = self.dtype if value.is_floating_point() else None
+            ready[name] = value.to(device=self.device, dtype=wanted or value.dtype)
+        return ready
+
+    def _move_buffers(self) -> None:
+        """Bring the (small, real) buffers to the device."""
+        for module in self.model.modules():
+            for key, value in module._buffers.items():
+                if (
+                    value is not None
+                    and value.device != self.device
+                    and value.device.type != "meta"
+                ):
+                    module._buffers[key] = value.to(self.device)
+
+
+def stream(
+    source: Source,
+    skeleton: Skeleton,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> Streamed:
+    """Open a checkpoint for walking, checking names and shapes without reading a weight.
+
+    Raises:
+        CheckpointError: a parameter has no tensor on disk, or one of another shape.
+    """
+    naming, unused = naming_of(skeleton.model, source.entries)
+    covered = set(naming.target.values())
+    tied = set(getattr(skeleton.model, "all_tied_weights_keys", None) or {})
+    for name, value in skeleton.model.named_parameters():
+        if name not in covered and name not in tied:
+            raise CheckpointError(
+                f"{source.name} holds no tensor for {name}, which config.json asks for; "
+                "transformers would fill it with random numbers. Fetch the checkpoint again."
+            )
+        for disk in naming.disk_names_of([name]) if len(value.shape) < 3 else ():
+            found = source.entries[disk].shape
+            if naming.pattern[disk] is None and found != tuple(value.shape):
+                raise CheckpointError(
+                    f"{disk} of {source.name} has shape {list(found)}, but config.json makes it "
+                    f"{list(value.shape)}. Config and weights belong to different models."
+                )
+    return Streamed(
+        source=source,
+        skeleton=skeleton,
+        naming=naming,
+        unused=unused,
+        device=device,
+        dtype=dtype,
+    )

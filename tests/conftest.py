@@ -1,0 +1,135 @@
+"""Shared fixtures: pico models of every family on disk, with a tokenizer, and text to run them on."""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from llmprune.arch.anatomy import family_of
+from llmprune.arch.miniature import miniature_model
+from llmprune.checkpoint.skeleton import Skeleton, build_skeleton, read_config
+from llmprune.checkpoint.source import open_source
+from llmprune.walk.streamed import Streamed, stream
+
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+
+Pico = Callable[..., Path]
+
+FAMILY_NAMES = ("llama", "qwen3", "gpt2", "gemma3_text", "mixtral")
+SYMBOLS = ["<unk>", "</s>", *string.ascii_letters, *" .,;!?'\n-:"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every test that takes a `model_type` once per family, unless it names its own."""
+    marked = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "model_type" in metafunc.fixturenames and not any("model_type" in names for names in marked):
+        metafunc.parametrize("model_type", FAMILY_NAMES)
+
+
+def pico_model(model_type: str, *, tied: bool = True, seed: int = 0) -> Any:
+    """Build a random miniature of a family in float32, with every bias away from zero."""
+    config = AutoConfig.for_model(model_type, tie_word_embeddings=tied)
+    model = miniature_model(config, family_of(model_type), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith(".bias"):
+                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+            elif value.dim() > 1:
+                value.mul_(5)  # the default spread of 0.02 leaves blocks almost without effect
+    return model
+
+
+def pico_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a tokenizer of single characters, 64 in all."""
+    vocab = {symbol: index for index, symbol in enumerate(SYMBOLS)}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return pico_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Any]:
+    """Return what builds a random pico model in memory: `make_model(model_type, tied=, seed=)`."""
+    return pico_model
+
+
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Pico:
+    """Return the folder of a pico model with its tokenizer, written once; never write into it."""
+    home = tmp_path_factory.mktemp("pico")
+
+    def folder_of(model_type: str, *, tied: bool = True, sharded: bool = False) -> Path:
+        ties, form = "tied" if tied else "untied", "sharded" if sharded else "single"
+        folder = home / f"{model_type}-{ties}-{form}"
+        if not folder.exists():
+            size = "60KB" if sharded else "50GB"
+            pico_model(model_type, tied=tied).save_pretrained(folder, max_shard_size=size)
+            pico_tokenizer().save_pretrained(folder)
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def stock() -> Callable[[Path], Any]:
+    """Return a folder's model as transformers loads it, in float32 and evaluation mode."""
+
+    def load(folder: Path) -> Any:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        return model.eval()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def skeleton_of() -> Callable[[Path], Skeleton]:
+    return lambda folder: build_skeleton(read_config(folder), dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def streamed() -> Callable[..., Streamed]:
+    """Open a folder for walking in float32 on the CPU."""
+
+    def open_folder(folder: Path, *, dtype: torch.dtype | None = torch.float32) -> Streamed:
+        skeleton = build_skeleton(read_config(folder), dtype=torch.float32)
+        return stream(open_source(str(folder)), skeleton, device=torch.device("cpu"), dtype=dtype)
+
+    return open_folder
+
+
+@pytest.fixture(scope="session")
+def tokens() -> torch.Tensor:
+    """Six rows of 24 token ids (N, T), longer than any pico model's sliding window."""
+    return torch.randint(0, 64, (6, 24), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 6000 characters in words drawn from a few dozen."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(2, 9))) for _ in range(50)]
+    text = ""
+    while len(text) < 6000:
+        text += " ".join(draw.choices(words, k=8)).capitalize() + ".\n"
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
