@@ -4,6 +4,6 @@ setup: ; pip install -c constraints.txt -e ".[test]"
 test:  ; pytest
 lint:  ; ruff format --check . && ruff check .
 types: ; mypy
-docs:  ; python -m llmprune.catalog > docs/METHODS.md
+docs:  ; python eval/make_methods_page.py > docs/METHODS.md
 bench: ; llmprune bench demo
 ci:    ; .ci/run

@@ -12,8 +12,9 @@ import torch
 from llmprune.base.errors import RecipeError
 from llmprune.base.progress import Progress
 from llmprune.calibration.text import evaluation_text, token_ids
+from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.sink import write_json
-from llmprune.checkpoint.source import open_source, read_json
+from llmprune.checkpoint.source import read_json
 from llmprune.delivery.gate import Verdict, pass_gate
 from llmprune.engine.opening import choose_device, open_blocks, open_plan, read_tokenizer
 from llmprune.evaluation.perplexity import Perplexity, cut_windows, of_blocks, of_model

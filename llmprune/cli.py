@@ -191,7 +191,7 @@ def plan_command(
 def show_plan(plan: Any, as_json: bool) -> None:
     """Print a plan as text or as JSON."""
     if as_json:
-        from llmprune.report.tables import plan_data
+        from llmprune.engine.plan_text import plan_data
 
         print(json.dumps(plan_data(plan), indent=2))
     else:
@@ -201,8 +201,8 @@ def show_plan(plan: Any, as_json: bool) -> None:
 @app.command()
 def methods() -> None:
     """List the methods with what they need and where they come from."""
+    from llmprune.base.text import columns
     from llmprune.catalog import METHODS
-    from llmprune.report.tables import columns
     from llmprune.score import SCORES
 
     rows = [

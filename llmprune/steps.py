@@ -129,7 +129,7 @@ def _carry_out(
             flow = embed(blocks, tokens, int(fixed["micro_batch"]), place=place, folder=folder)
     with _stage(seconds, "cut"):
         keeper = FolderKeeper(records, blocks)
-        rows = cut(plan, blocks, flow, keeper, progress, prior=prior_masks(opened))
+        rows, resumed = cut(plan, blocks, flow, keeper, progress, prior=prior_masks(opened))
     if flow is not None:
         flow.hidden.close()
     with _stage(seconds, "finish"):
@@ -149,7 +149,9 @@ def _carry_out(
         with _stage(seconds, "evaluate"):
             quality = _evaluate(opened, blocks, records, progress)
     report = Report(
-        report_data(plan, rows, fixed=fixed, seconds=seconds, progress=progress)
+        report_data(
+            plan, rows, fixed=fixed, resumed_after=resumed, seconds=seconds, progress=progress
+        )
         | {"gate": verdict.to_dict(), "perplexity": quality}
     )
     report.data["gate"]["folder"] = str(plan.out)
@@ -197,7 +199,7 @@ def run_resident(
             flow = embed(blocks, tokens, plan.estimate.micro_batch, place=plan.estimate.place)
         keeper = MemoryKeeper()
         with _stage(seconds, "cut"):
-            rows = cut(plan, blocks, flow, keeper, progress)
+            rows, _ = cut(plan, blocks, flow, keeper, progress)
     for key, value in plan.config_changes.items():
         setattr(model.config, key, value)
     data = report_data(plan, rows, fixed={}, seconds=seconds, progress=progress)
@@ -221,6 +223,9 @@ class MemoryKeeper:
         self.masks |= {name: pack(keep) for name, keep in outcome.keeps.items()}
         self.masks |= outcome.kept_units
         return {"block": index, **content}
+
+    def flush(self) -> None:
+        """Wait for nothing: all is in memory."""
 
 
 def _evaluate(

@@ -1,9 +1,10 @@
-"""Shared fixtures: pico models of every family on disk, with a tokenizer, and text to run them on."""
+"""Shared fixtures: pico models of every family on disk, their tokenizer, and text to run on."""
 
 from __future__ import annotations
 
 import random
 import string
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from transformers.utils import logging
 
 from llmprune.arch.anatomy import family_of
 from llmprune.arch.miniature import miniature_model
+from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.skeleton import Skeleton, build_skeleton, read_config
-from llmprune.checkpoint.source import open_source
+from llmprune.delivery import gate
+from llmprune.delivery import stock as stock_script
 from llmprune.walk.streamed import Streamed, stream
 
 logging.disable_progress_bar()
@@ -38,7 +41,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pico_model(model_type: str, *, tied: bool = True, seed: int = 0) -> Any:
     """Build a random miniature of a family in float32, with every bias away from zero."""
-    config = AutoConfig.for_model(model_type, tie_word_embeddings=tied)
+    grouped = {"num_key_value_heads": 8} if model_type in ("llama", "qwen3") else {}
+    config = AutoConfig.for_model(model_type, tie_word_embeddings=tied, **grouped)
     model = miniature_model(config, family_of(model_type), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -133,3 +137,18 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def quick_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the gate run its script in this process: the same checks without the start of Python."""
+
+    def run_here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert Path(command[1]).name == "stock.py"
+        try:
+            stock_script.main(command[2])
+        except Exception as error:
+            return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(gate.subprocess, "run", run_here)

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, settled: bool = True) -> None:
     """Write a safetensors file atomically; the bytes depend on names and values alone.
+
+    Unless `settled`, the bytes may not have reached the disk yet: call `settle` before a record
+    relies on them.
 
     Raises:
         TooLarge: the disk is full.
@@ -31,7 +34,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, str(temporary), metadata={"format": "pt"})
-        _settle(temporary, path)
+        os.replace(temporary, path)
+        if settled:
+            settle(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise write_failed(path, error) from error
@@ -50,18 +55,18 @@ def write_json(path: Path, data: Any) -> None:
         temporary.write_text(
             json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        _settle(temporary, path)
+        settle(temporary)
+        os.replace(temporary, path)
+        settle(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise write_failed(path, error) from error
 
 
-def _settle(temporary: Path, path: Path) -> None:
-    """Make a finished temporary file durable under its final name."""
-    for target in (temporary, None):
-        if target is None:
-            os.replace(temporary, path)
-        descriptor = os.open(target or path.parent, os.O_RDONLY)
+def settle(path: Path) -> None:
+    """Wait until a file's bytes and its name, or a folder's names, are on the disk."""
+    for target in (path, path.parent) if path.is_file() else (path,):
+        descriptor = os.open(target, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -1,4 +1,4 @@
-"""A checkpoint as a table of lazy tensors: local folder, Hub repository, or the bundled demo model.
+"""A checkpoint as a table of lazy tensors, and how a local folder becomes one.
 
 Only headers are read before the first `get`. Names of files in an index are untrusted.
 """
@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,37 +144,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def open_source(model: str, *, revision: str | None = None) -> Source:
-    """Open a checkpoint named by folder, Hub id, or `demo`; reads headers only.
-
-    Raises:
-        CheckpointError: the folder is missing, empty, damaged, hostile or without safetensors.
-    """
-    if model == "demo":
-        return open_folder(Path(str(files("llmprune") / "demo" / "model")), name="demo")
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return open_folder(path, name=str(path))
-    if path.exists():
-        raise CheckpointError(
-            f"--model {model} is a file. Give the folder that holds config.json and the "
-            "safetensors."
-        )
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
-        raise CheckpointError(
-            f"--model {model}: no such folder, and not a Hub id of the form owner/name. "
-            "Give a local folder, a Hub id, or `demo` for the bundled model."
-        )
-    from llmprune.checkpoint.hub import open_hub
-
-    return open_hub(model, revision)
-
-
 def open_folder(folder: Path, *, name: str | None = None) -> Source:
     """Open a local folder; single or sharded safetensors.
 
     Raises:
-        CheckpointError: see `open_source`.
+        CheckpointError: the folder is empty, damaged, hostile or without safetensors.
     """
     if not (folder / "config.json").is_file():
         raise _no_config(folder)

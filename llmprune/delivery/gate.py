@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.base.errors import CheckpointError, WontLoad
+from llmprune.checkpoint.sink import write_json, write_tensors
 from llmprune.checkpoint.skeleton import build_skeleton, read_config
 from llmprune.checkpoint.source import Source, open_folder, read_json
 from llmprune.delivery.agreement import Agreement, compare
@@ -118,8 +119,6 @@ def _write_logits(blocks: Streamed, tokens_NT: Tensor, path: Path) -> None:
     """Walk the stored blocks and keep the logits."""
     import torch
 
-    from llmprune.checkpoint.sink import write_tensors
-
     flow = embed(blocks, tokens_NT, ROWS)
     walk(blocks, flow)
     write_tensors(
@@ -136,8 +135,6 @@ def _load_stock(
     trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Load the folder with `from_pretrained` in a fresh process; return its loading info."""
-    from llmprune.checkpoint.sink import write_json
-
     job = {
         "folder": str(folder.resolve()),
         "scratch": str(scratch.resolve()),

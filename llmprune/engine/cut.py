@@ -44,6 +44,8 @@ class Keeper(Protocol):
         self, index: int, shard: Path | None, outcome: Outcome, content: Mapping[str, Any]
     ) -> dict[str, Any]: ...
 
+    def flush(self) -> None: ...
+
 
 def cut(
     plan: Plan,
@@ -53,17 +55,18 @@ def cut(
     progress: Progress,
     *,
     prior: Callable[[int], Prior] = lambda index: {},
-) -> list[dict[str, Any]]:
-    """Cut all blocks that are not whole yet; return the record of every block.
+) -> tuple[list[dict[str, Any]], int | None]:
+    """Cut all blocks that are not whole yet; return every block's record, and the last whole one.
 
     `stream` is absent for methods that look at weights alone; `prior` gives the masks of earlier
     prunings of a block.
     """
     records = [keeper.whole(index) for index in range(len(blocks))]
     done = [record is not None for record in records]
-    if any(done):
-        progress.event("resumed", after=max(i for i, whole in enumerate(done) if whole))
-        progress.note(f"resumed after block {max(i for i, whole in enumerate(done) if whole)}")
+    resumed = max((index for index, whole in enumerate(done) if whole), default=None)
+    if resumed is not None:
+        progress.event("resumed", after=resumed)
+        progress.note(f"resumed after block {resumed}")
     cutter = plan.cutter()
     found: list[dict[str, Any]] = []
     with progress.stage("cut", len(blocks)) as stage:
@@ -81,7 +84,8 @@ def cut(
                 **({"error": record["error"]} if record["error"] is not None else {}),
                 memory=anonymous_bytes(),
             )
-    return found
+    keeper.flush()
+    return found, resumed
 
 
 def _cut_block(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,12 +42,17 @@ def open_target(opened: Opened, partial: Path) -> Rewriting:
     return rewriting(opened.blocks, skeleton, partial)
 
 
-@dataclass(frozen=True)
 class FolderKeeper:
-    """Keeps a block by writing its masks and, last, its record."""
+    """Keeps a block by writing its masks and, last, its record.
 
-    records: Records
-    blocks: Rewriting
+    Waiting for the disk, hashing and the record go on in a thread while the next block is cut.
+    """
+
+    def __init__(self, records: Records, blocks: Rewriting) -> None:
+        self.records = records
+        self.blocks = blocks
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[Any] | None = None
 
     def whole(self, index: int) -> dict[str, Any] | None:
         """Return the record of a whole block."""
@@ -56,17 +61,27 @@ class FolderKeeper:
     def keep(
         self, index: int, shard: Path | None, outcome: Outcome, content: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Write masks and record."""
+        """Write masks, and begin to write the record."""
         assert shard is not None
+        self.flush()
         name = shard_name(index, len(self.blocks))
         masks = self.records.write_masks(name, outcome.keeps, outcome.kept_units)
         prefix = self.blocks.source.skeleton.prefix(index)
         params = [prefix + name for name in outcome.touched]
-        touched = sorted(self.blocks.source.naming.disk_names_of(params))
-        shapes = {name: list(keep.shape) for name, keep in outcome.keeps.items()}
-        return self.records.write(
-            index, [shard, masks], {**content, "touched": touched, "masks": shapes}
-        )
+        record = {
+            "block": index,
+            **content,
+            "touched": sorted(self.blocks.source.naming.disk_names_of(params)),
+            "masks": {name: list(keep.shape) for name, keep in outcome.keeps.items()},
+        }
+        self._pending = self._thread.submit(self.records.write, index, [shard, masks], record)
+        return record
+
+    def flush(self) -> None:
+        """Wait for the record of the last block; raise what went wrong with it."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
 
 def complete(

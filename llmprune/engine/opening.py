@@ -13,8 +13,9 @@ from llmprune.arch.miniature import SEQ_LEN, miniature_model
 from llmprune.base.errors import CheckpointError, RecipeError
 from llmprune.calibration.capture import check_replay
 from llmprune.catalog import METHODS
+from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.skeleton import build_skeleton, read_config
-from llmprune.checkpoint.source import Source, open_source
+from llmprune.checkpoint.source import Source
 from llmprune.engine.plan import Anatomies, Plan, make_plan
 from llmprune.walk.rewriting import DTYPE_NAMES
 from llmprune.walk.streamed import Streamed, stream

@@ -13,7 +13,7 @@ from llmprune.arch.types import Site
 from llmprune.base.errors import RecipeError
 from llmprune.catalog import METHODS, Method
 from llmprune.engine.estimate import Estimate, Shape, estimate, measure_rate
-from llmprune.engine.sites import Group, all_sites, groups_of
+from llmprune.engine.sites import Group, all_sites, groups_of, is_skipped
 from llmprune.engine.solving import Cutter
 from llmprune.mask.counts import exact_sparsity
 from llmprune.mask.pattern import Channels, NofM, Pattern, parse_pattern
@@ -122,7 +122,7 @@ class Plan:
         )
 
     def __repr__(self) -> str:
-        from llmprune.report.tables import plan_text
+        from llmprune.engine.plan_text import plan_text
 
         return plan_text(self)
 
@@ -286,8 +286,6 @@ def _skipped(
     """Return what is not pruned, and the number of eligible weights."""
     pruned = {(site.block, span.linear) for site in sites for span in site.spans}
     eligible = others = globbed = 0
-    from llmprune.engine.sites import is_skipped
-
     for index, anatomy in enumerate(anatomies.blocks):
         in_linears: dict[str, int] = {}
         for name, linear in anatomy.linears.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.base.errors import CheckpointError, RecipeError
-from llmprune.checkpoint.sink import hash_file, write_failed, write_json, write_tensors
+from llmprune.checkpoint.sink import hash_file, settle, write_failed, write_json, write_tensors
 from llmprune.checkpoint.source import read_json
 from llmprune.mask.packed import pack
 
@@ -69,15 +69,17 @@ class Records:
         """Write packed masks by linear and kept unit indices by site."""
         path = self.own / name.replace("model-", "masks-")
         tensors = {linear: pack(keep) for linear, keep in keeps.items()}
-        write_tensors(path, tensors | {site: kept.cpu() for site, kept in units.items()})
+        kept_units = {site: kept.cpu() for site, kept in units.items()}
+        write_tensors(path, tensors | kept_units, settled=False)
         return path
 
-    def write(self, index: int, files: list[Path], content: Mapping[str, Any]) -> dict[str, Any]:
-        """Record that a block is whole; the last write of a block."""
+    def write(self, index: int, files: list[Path], content: Mapping[str, Any]) -> None:
+        """Settle a block's files and record that it is whole; the last write of a block."""
+        for path in files:
+            settle(path)
         hashes = {str(path.relative_to(self.partial)): hash_file(path) for path in files}
-        record = {"block": index, "files": hashes, **content}
+        record = {**content, "files": hashes}
         write_json(self._record(index), record)
-        return record
 
     def publish(self, *, overwrite: bool) -> None:
         """Give the proven folder its name; an old result is removed only after that."""

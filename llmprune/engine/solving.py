@@ -14,6 +14,7 @@ import torch
 from llmprune.arch.types import Site
 from llmprune.catalog import Method
 from llmprune.engine.sites import Group
+from llmprune.mask.apply import zero_out
 from llmprune.mask.pattern import Channels, Pattern, choose_keep, pool
 from llmprune.mask.rank import keep_highest
 from llmprune.score import SCORES
@@ -90,7 +91,7 @@ class Cutter:
                 weights[site.name].copy_(solved.weight_OI)
             outcome.keeps[site.name] = solved.keep_OI
             outcome.touched |= block.params_of({site.spans[0].linear})
-            removed = site.num_units - int(solved.keep_OI.sum())
+            removed = site.num_units - int(solved.keep_OI.count_nonzero())
             outcome.rows.append(_row(site, removed, stats, fallback))
 
     def _cut_units(self, group: Group, block: Block, stats: Stats, outcome: Outcome) -> None:
@@ -111,7 +112,7 @@ class Cutter:
                 weight_OI = block.weight(span.linear)
                 axis = keep_U[:, None] if span.axis == "out" else keep_U[None, :]
                 keep_OI = axis.expand_as(weight_OI)
-                weight_OI.masked_fill_(~keep_OI, 0)
+                zero_out(weight_OI, keep_OI)
                 outcome.keeps[block.prefix + span.linear] = keep_OI
                 outcome.touched |= block.params_of({span.linear})
         outcome.rows.append(_row(site, count, stats, fallback))

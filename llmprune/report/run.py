@@ -62,7 +62,7 @@ class Report:
 
     def table(self) -> str:
         """Return one line per site: weights, removed, sparsity, tokens."""
-        from llmprune.report.tables import columns
+        from llmprune.base.text import columns
 
         rows = [
             (
@@ -89,6 +89,7 @@ def report_data(
     rows: list[dict[str, Any]],
     *,
     fixed: Mapping[str, Any],
+    resumed_after: int | None = None,
     seconds: Mapping[str, float],
     progress: Progress,
 ) -> dict[str, Any]:
@@ -108,6 +109,7 @@ def report_data(
         "parameters_before": plan.num_params,
         "parameters_after": plan.num_params - (removed if shrunk else 0),
         "run": dict(fixed),
+        "resumed_after": resumed_after,
         "seconds": dict(seconds),
         "peak_memory": max([anonymous_bytes(), *(row["memory"] for row in rows)]),
         "blocks": rows,

@@ -1,254 +1,64 @@
-"""A plan and a report as text: what --dry-run and the end of a run print."""
+"""A report as text: what the end of a run prints."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from llmprune.base.progress import human_bytes, human_count, human_seconds
-
-if TYPE_CHECKING:
-    from llmprune.engine.plan import Plan
-
-Line = tuple[str, str]
-
-
-def plan_text(plan: Plan) -> str:
-    """Return the plan as aligned lines: what, where, how much, how long, and how it will load."""
-    cost = plan.estimate
-    lines: list[Line] = [
-        ("model", _model(plan)),
-        ("method", _method(plan)),
-        ("removes", _removes(plan)),
-        ("result", _result(plan)),
-        ("walks", _walks(plan)),
-        ("reads", f"the checkpoint once ({human_bytes(cost.read_bytes)}), and again for the proof"),
-        ("memory", _memory(plan)),
-        ("disk", _disk(plan)),
-        ("time", f"about {human_seconds(cost.cut_seconds)} to cut"),
-        ("resume", _resume(plan)),
-        ("perplexity", _perplexity(plan)),
-        ("loads", "stock: AutoModelForCausalLM.from_pretrained, checked in a fresh process"),
-    ]
-    width = max(len(name) for name, _ in lines)
-    head = "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
-    return "\n\n".join([head, _sites(plan), _skipped(plan)])
-
-
-def _model(plan: Plan) -> str:
-    params = human_count(plan.num_params)
-    return f"{plan.source_name}: {len(plan.groups)} blocks, {params} parameters"
-
-
-def _method(plan: Plan) -> str:
-    pattern = f"pattern {plan.prune.pattern}{_group(plan)}"
-    return f"{plan.method.title}, {pattern}, {_solver(plan)}"
-
-
-def _memory(plan: Plan) -> str:
-    host, device = plan.estimate.host_peak, plan.estimate.device_peak
-    return f"{human_bytes(host)} on the host, of which the libraries take about half a gigabyte" + (
-        f"; {human_bytes(device)} on {plan.device}" if device else ""
-    )
-
-
-def _disk(plan: Plan) -> str:
-    disk, out = plan.estimate.disk_bytes, plan.estimate.out_bytes
-    return f"{human_bytes(disk)} ({human_bytes(out)} of them the result)"
-
-
-def plan_data(plan: Plan) -> dict[str, Any]:
-    """Return the plan as plain data: the recipe, the counts, what is skipped, the cost."""
-    return {
-        "recipe": plan.recipe.to_dict(),
-        "model": plan.source_name,
-        "out": plan.out,
-        "form": plan.form,
-        "tier": plan.tier,
-        "forward": plan.forward,
-        "needs": list(plan.cut_needs),
-        "device": str(plan.device),
-        "dtype": plan.dtype_name,
-        "sparsity": plan.sparsity,
-        "eligible": plan.eligible,
-        "parameters": plan.num_params,
-        "config_changes": dict(plan.config_changes),
-        "eval_windows": plan.eval_windows,
-        "sites": {
-            site.name: {"units": site.num_units, "removed": plan.counts[site.name]}
-            for site in plan.sites
-        },
-        "skipped": [asdict(row) for row in plan.skipped],
-        "estimate": asdict(plan.estimate),
-    }
-
-
-def _group(plan: Plan) -> str:
-    unstructured = plan.prune.pattern == "unstructured"
-    return f" (weights compete within their {plan.group})" if unstructured else ""
-
-
-def _solver(plan: Plan) -> str:
-    return (
-        "weights that stay are not changed" if plan.method.solver == "zero" else plan.method.solver
-    )
-
-
-def _removes(plan: Plan) -> str:
-    total = plan.removed / plan.num_params
-    return (
-        f"{human_count(plan.removed)} of {human_count(plan.eligible)} eligible weights: sparsity "
-        f"{plan.sparsity:.5f}, asked {plan.prune.sparsity:g} ({100 * total:.1f} % of all "
-        "parameters)"
-    )
-
-
-def _result(plan: Plan) -> str:
-    where = plan.out or "the model in memory"
-    if plan.form == "masked":
-        return f"{where}, masked: tensors of the same shape with exact zeros"
-    changes = ", ".join(f"{key} = {value}" for key, value in plan.config_changes.items())
-    return f"{where}, shrunk: smaller tensors, {changes} (tier {plan.tier}: equal in all blocks)"
-
-
-def _walks(plan: Plan) -> str:
-    if not plan.forward:
-        return "1 over the weights; no forward, no calibration"
-    cost = plan.estimate
-    return (
-        "1 forward, each block observed then passed: "
-        f"{plan.num_samples} x {plan.seq_len} tokens in micro-batches of {cost.micro_batch}, "
-        f"{plan.dtype_name} on {plan.device}, "
-        f"hidden states on {cost.place} ({human_bytes(cost.hidden_bytes)})"
-    )
-
-
-def _resume(plan: Plan) -> str:
-    if not plan.forward:
-        return "finished blocks are kept"
-    seconds = human_seconds(plan.estimate.resume_seconds)
-    return f"finished blocks are kept; at most {seconds} to walk through them"
-
-
-def _perplexity(plan: Plan) -> str:
-    if not plan.eval_windows:
-        return f"not measured; ask with: llmprune eval {plan.out or 'OUT'} --perplexity demo"
-    return (
-        f"dense and pruned, {plan.eval_windows} windows of {plan.seq_len} tokens, about "
-        f"{human_seconds(plan.estimate.evaluate_seconds)}"
-    )
-
-
-def _sites(plan: Plan) -> str:
-    """Return one line per kind of site, blocks joined."""
-    kinds: dict[tuple[str, int, int], list[int]] = {}
-    for site in plan.sites:
-        prefix = next(p for p in plan.prefixes if site.name.startswith(p))
-        kind = (site.name.removeprefix(prefix), site.num_units, plan.counts[site.name])
-        kinds.setdefault(kind, []).append(site.block)
-    rows = [
-        (name, ranges(blocks), f"{units:,}", f"{count:,}", f"{count / units:.4f}")
-        for (name, units, count), blocks in kinds.items()
-    ]
-    return columns(("site", "blocks", "units", "removed", "share"), rows[:40]) + (
-        f"\n... and {len(rows) - 40} more kinds" if len(rows) > 40 else ""
-    )
-
-
-def _skipped(plan: Plan) -> str:
-    rows = [
-        (
-            row.what,
-            f"{row.num_params:,}",
-            f"{100 * row.num_params / plan.num_params:.1f} %",
-            row.reason,
-        )
-        for row in plan.skipped
-        if row.num_params
-    ]
-    return columns(("not pruned", "parameters", "of model", "why"), rows)
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Return sorted numbers as ranges.
-
-    >>> ranges([0, 1, 2, 5])
-    '0-2, 5'
-    """
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in parts)
-
-
-def columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return rows as aligned text; all but the first column and words are set to the right.
-
-    >>> print(columns(("a", "n"), [("x", "1")]))
-    a  n
-    x  1
-    """
-    table = [list(head), *(list(row) for row in rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-    number = [all(row[i][:1].isdigit() for row in table[1:]) for i in range(len(head))]
-    lines = []
-    for row in table:
-        cells = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, number, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+from llmprune.base.progress import human_bytes, human_seconds
+from llmprune.base.text import named_lines
 
 
 def report_text(data: Mapping[str, Any]) -> str:
     """Return the final table of a run."""
-    lines: list[Line] = [("result", f"{data['out'] or 'in memory'} ({data['form']})")]
-    lines.append(
-        (
-            "sparsity",
-            f"{data['sparsity']:.5f} of eligible weights, "
-            f"{data['sparsity_of_all']:.5f} of all parameters",
-        )
-    )
-    if data.get("parameters_after") != data.get("parameters_before"):
-        lines.append(
-            (
-                "parameters",
-                f"{data['parameters_before']:,} before, {data['parameters_after']:,} after",
-            )
-        )
-    errors = [block["error"] for block in data["blocks"] if block["error"] is not None]
-    if errors:
-        lines.append(
-            (
-                "error",
-                f"{errors[-1]:.4f} relative, output of the last block; largest {max(errors):.4f}",
-            )
-        )
-    if quality := data.get("perplexity"):
-        dense, pruned = quality["dense"]["value"], quality["pruned"]["value"]
-        lines.append(
-            (
-                "perplexity",
-                f"{dense:.3f} dense, {pruned:.3f} pruned ({quality['pruned']['num_windows']} "
-                f"windows of {quality['pruned']['seq_len']} tokens of {quality['pruned']['data']})",
-            )
-        )
-    if gate := data.get("gate"):
-        lines.append(
-            (
-                "proof",
-                f"loaded in a fresh process, {gate['num_tensors']} tensors, logits within "
-                f"{gate['agreement']['relative']:.1e} of the largest",
-            )
-        )
     seconds = ", ".join(f"{name} {human_seconds(value)}" for name, value in data["seconds"].items())
-    lines.append(("time", seconds))
-    lines.append(("memory", f"{human_bytes(data['peak_memory'])} at the end of a block, at most"))
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+    lines = {
+        "result": f"{data['out'] or 'in memory'} ({data['form']})",
+        "sparsity": (
+            f"{data['sparsity']:.5f} of eligible weights, "
+            f"{data['sparsity_of_all']:.5f} of all parameters"
+        ),
+        "parameters": _parameters(data),
+        "error": _error(data),
+        "perplexity": _perplexity(data.get("perplexity")),
+        "proof": _proof(data.get("gate")),
+        "resumed": _resumed(data.get("resumed_after")),
+        "time": seconds,
+        "memory": f"{human_bytes(data['peak_memory'])} at the end of a block, at most",
+    }
+    return named_lines([(name, text) for name, text in lines.items() if text])
+
+
+def _parameters(data: Mapping[str, Any]) -> str:
+    before, after = data["parameters_before"], data["parameters_after"]
+    return "" if before == after else f"{before:,} before, {after:,} after"
+
+
+def _error(data: Mapping[str, Any]) -> str:
+    errors = [block["error"] for block in data["blocks"] if block["error"] is not None]
+    if not errors:
+        return ""
+    return f"{errors[-1]:.4f} relative, output of the last block; largest {max(errors):.4f}"
+
+
+def _perplexity(quality: Mapping[str, Any] | None) -> str:
+    if not quality:
+        return ""
+    dense, pruned = quality["dense"], quality["pruned"]
+    return (
+        f"{dense['value']:.3f} dense, {pruned['value']:.3f} pruned ({pruned['num_windows']} "
+        f"windows of {pruned['seq_len']} tokens of {pruned['data']})"
+    )
+
+
+def _proof(gate: Mapping[str, Any] | None) -> str:
+    if not gate:
+        return ""
+    return (
+        f"loaded in a fresh process, {gate['num_tensors']} tensors, logits within "
+        f"{gate['agreement']['relative']:.1e} of the largest"
+    )
+
+
+def _resumed(block: int | None) -> str:
+    return "" if block is None else f"after block {block}"

@@ -5,6 +5,7 @@ Legend: O outputs, I inputs.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from llmprune.stats.types import Stats
@@ -20,5 +21,5 @@ def wanda(weight_OI: Tensor, stats: Stats) -> Tensor:
     >>> wanda(torch.tensor([[3.0, -1.0]]), stats)
     tensor([[ 3., 10.]])
     """
-    score_OI = weight_OI.detach().abs().float()
+    score_OI = weight_OI.detach().to(torch.float32, copy=True).abs_()
     return score_OI.mul_(stats["col_sq"].sqrt().to(score_OI))

@@ -5,6 +5,7 @@ Legend: O outputs, I inputs.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from llmprune.stats.types import Stats
@@ -15,8 +16,7 @@ def absolute(weight_OI: Tensor, stats: Stats) -> Tensor:
 
     Source: Han et al., Learning both Weights and Connections for Efficient Neural Networks.
 
-    >>> import torch
     >>> absolute(torch.tensor([[3.0, -1.0]]), Stats(num_tokens=0, values={}))
     tensor([[3., 1.]])
     """
-    return weight_OI.detach().abs().float()
+    return weight_OI.detach().to(torch.float32, copy=True).abs_()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from llmprune.mask.apply import zero_out
 from llmprune.solver.types import Choose, Solved
 from llmprune.stats.types import Stats
 
@@ -25,5 +26,6 @@ def zero_pruned(
     solved = {}
     for name, weight_OI in weights.items():
         keep_OI = chooses[name](weight_OI, slice(0, weight_OI.shape[1]), None)
-        solved[name] = Solved(weight_OI.masked_fill_(~keep_OI, 0), keep_OI)
+        zero_out(weight_OI, keep_OI)
+        solved[name] = Solved(weight_OI, keep_OI)
     return solved

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from llmprune.arch.anatomy import Anatomy
 from llmprune.arch.types import Coupling
 from llmprune.base.errors import NumericalError
+from llmprune.checkpoint.skeleton import fill
 
 if TYPE_CHECKING:
     import torch
@@ -71,8 +72,6 @@ class Block:
 
     def _slice(self, param: str, axis: int, kept_K: Tensor) -> str:
         """Replace a parameter by the kept slices of one axis."""
-        from llmprune.checkpoint.skeleton import fill
-
         value = self.module.get_parameter(param).data
         fill(self.module, {param: value.index_select(axis, kept_K.to(value.device)).contiguous()})
         return param

@@ -74,7 +74,7 @@ class Rewriting:
         for name, value in converted.items():
             shard[name] = self._stored_form(value, source.entries[name])
         path = self.out / shard_name(block.index, len(self))
-        write_tensors(path, shard)
+        write_tensors(path, shard, settled=False)
         return path
 
     def commit_trunk(self) -> Path:

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmprune.base.errors import UnsupportedModel
+from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.naming import Naming, naming_of
 from llmprune.checkpoint.skeleton import Skeleton
-from llmprune.checkpoint.source import SINGLE, Source, open_source
+from llmprune.checkpoint.source import SINGLE, Source
 
 Pico = Callable[..., Path]
 SkeletonOf = Callable[[Path], Skeleton]

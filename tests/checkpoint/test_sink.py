@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,12 +103,15 @@ def test_the_writer_s_own_word_for_a_full_disk_is_understood(
         write_tensors(tmp_path / "x.safetensors", TENSORS)
 
 
-def test_a_folder_that_cannot_be_made_is_a_checkpoint_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "write", [lambda path: write_json(path, {}), lambda path: write_tensors(path, TENSORS)]
+)
+def test_a_folder_that_cannot_be_made_is_a_checkpoint_error(
+    tmp_path: Path, write: Callable[[Path], None]
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        write_json(tmp_path / "file" / "x.json", {})
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        write_tensors(tmp_path / "file" / "x.safetensors", TENSORS)
+        write(tmp_path / "file" / "x")
 
 
 def test_the_index_is_sorted_and_complete(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from llmprune import api
-from llmprune.checkpoint.source import open_source
+from llmprune.checkpoint.locate import open_source
 from llmprune.delivery.masks import MaskFiles
 from llmprune.evaluation.perplexity import of_model
 from llmprune.mask.packed import unpack
