@@ -1,7 +1,7 @@
 """The one place that ranks scores: exact counts, and of equal scores the first are pruned.
 
 True means kept. Scores may be infinite of either sign, never NaN. On the host the work is done by
-`rank_cpu`; elsewhere by stable sorts, which an accelerator does well.
+`rank_cpu`, on CUDA by `rank_torch`.
 Legend: G groups, N scores of a group, O outputs, I inputs.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmprune.mask import rank_cpu
+from llmprune.mask import rank_cpu, rank_torch
 
 _PAIRS_UP_TO = 16  # wider groups are ranked faster as rows
 
@@ -32,10 +32,10 @@ def keep_highest(score_GN: Tensor, prune_G: Tensor) -> Tensor:
         )
     if score_GN.numel() == 0:
         return torch.ones(score_GN.shape, dtype=torch.bool, device=score_GN.device)
-    if score_GN.device.type == "cpu":
-        keep = rank_cpu.keep_rows(score_GN.numpy(), prune_G.cpu().numpy().astype("int64"))
-        return torch.from_numpy(keep)
-    return _keep_by_sorting(score_GN, prune_G)
+    if score_GN.is_cuda:
+        return rank_torch.keep_rows(score_GN, prune_G.to(score_GN.device))
+    keep = rank_cpu.keep_rows(score_GN.numpy(force=True), prune_G.numpy(force=True).astype("int64"))
+    return torch.from_numpy(keep).to(score_GN.device)
 
 
 def keep_highest_flat(score_N: Tensor, num_pruned: int) -> Tensor:
@@ -50,9 +50,10 @@ def keep_highest_flat(score_N: Tensor, num_pruned: int) -> Tensor:
     score_N = _checked(score_N)
     if not 0 <= num_pruned <= len(score_N):
         raise ValueError(f"pruning {num_pruned} of {len(score_N)} scores")
-    if len(score_N) == 0 or score_N.device.type == "cpu":
-        return torch.from_numpy(rank_cpu.keep_flat(score_N.numpy(), num_pruned))
-    return _keep_by_sorting(score_N[None], torch.tensor([num_pruned], device=score_N.device))[0]
+    if len(score_N) and score_N.is_cuda:
+        return rank_torch.keep_flat(score_N, num_pruned)
+    keep = rank_cpu.keep_flat(score_N.numpy(force=True), num_pruned)
+    return torch.from_numpy(keep).to(score_N.device)
 
 
 def keep_n_of_m(score_OI: Tensor, n: int, m: int) -> Tensor:
@@ -73,14 +74,6 @@ def keep_n_of_m(score_OI: Tensor, n: int, m: int) -> Tensor:
         prune_G = torch.full((len(score_GM),), m - n, device=score_GM.device)
         keep_GM = keep_highest(score_GM, prune_G)
     return keep_GM.view(score_OI.shape)
-
-
-def _keep_by_sorting(score_GN: Tensor, prune_G: Tensor) -> Tensor:
-    """Rank every row by a stable sort."""
-    order_GN = score_GN.sort(dim=1, stable=True).indices
-    place_N = torch.arange(score_GN.shape[1], device=score_GN.device)
-    kept_GN = place_N >= prune_G.to(score_GN.device)[:, None]
-    return torch.empty_like(kept_GN).scatter_(1, order_GN, kept_GN)
 
 
 def _checked(score: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ class ColumnSquares:
         if num_tokens == 0:
             return
         if self._sum_I is None:
-            self._sum_I = torch.zeros_like(sum_I, dtype=torch.float64)
+            home = "cpu" if sum_I.device.type == "mps" else sum_I.device  # MPS has no float64
+            self._sum_I = torch.zeros(sum_I.shape, dtype=torch.float64, device=home)
         if self._sum_I.shape != sum_I.shape:
             raise ValueError(
                 f"a tap of {len(self._sum_I)} columns was given tokens of {len(sum_I)} columns"

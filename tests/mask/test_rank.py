@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmprune.mask import rank_cpu
-from llmprune.mask.rank import _keep_by_sorting, keep_highest, keep_highest_flat, keep_n_of_m
+from llmprune.mask import rank_torch
+from llmprune.mask.rank import keep_highest, keep_highest_flat, keep_n_of_m
 from tests.reference.selection import keep_of_groups, keep_of_rows, keep_of_vector
 
 FEW_VALUES = st.sampled_from([-math.inf, -1.0, -0.0, 0.0, 0.5, 1.0, 1e-30, math.inf])
@@ -35,7 +36,7 @@ def test_rows_agree_with_a_stable_sort(data: st.DataObject, score: Tensor) -> No
     prune = torch.tensor(data.draw(counts))
     expected = keep_of_rows(score, prune)
     assert torch.equal(keep_highest(score, prune), expected)
-    assert torch.equal(_keep_by_sorting(score, prune), expected)
+    assert torch.equal(rank_torch.keep_rows(score, prune), expected)
     assert (~expected).sum(1).tolist() == prune.tolist()
 
 
@@ -130,7 +131,7 @@ def test_many_threads_give_the_same_masks(monkeypatch: pytest.MonkeyPatch) -> No
     alone = masks()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert all(torch.equal(a, b) for a, b in zip(alone, masks(), strict=True))
-    assert torch.equal(alone[0], _keep_by_sorting(matrix, prune))
+    assert torch.equal(alone[0], rank_torch.keep_rows(matrix, prune))
 
 
 def test_scores_are_left_alone() -> None:
@@ -178,3 +179,12 @@ def test_impossible_counts_are_refused() -> None:
         keep_highest(torch.zeros(1, 4), torch.tensor([5]))
     with pytest.raises(ValueError, match="2:4 does not divide 6 columns"):
         keep_n_of_m(torch.zeros(1, 6), 2, 4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_accelerators_flat_ranking_agrees_with_the_hosts(share: float, ties: bool) -> None:
+    score = torch.rand(3 * 2**19, generator=torch.Generator().manual_seed(1))
+    score = (score * 50).floor() if ties else score
+    count = int(share * len(score))
+    assert torch.equal(rank_torch.keep_flat(score, count), keep_highest_flat(score, count))

@@ -24,13 +24,15 @@ import llmprune.steps
 import llmprune.walk.rewriting
 from llmprune import cli
 from llmprune.checkpoint import sink
-from llmprune.engine import cut as cutting, estimate, plan as planning, records
+from llmprune.engine import cut as cutting
+from llmprune.engine import estimate, records
+from llmprune.engine import plan as planning
 from llmprune.engine.solving import Cutter
 from llmprune.walk import observe as observing
-from tests.story.conftest import Command
 
 NUM_BLOCKS = 4
 Install = Callable[[int], None]
+Expected = Callable[[list[Any]], dict[str, bytes]]
 pytestmark = pytest.mark.usefixtures("quick_gate")
 
 
@@ -171,9 +173,7 @@ def in_child(
             sys.stderr.flush()
             os._exit(code)
     _, status = os.waitpid(pid, 0)
-    numbers = {
-        name: [int(line) for line in logs[name].read_text().split()] for name in LOGS[1:]
-    }
+    numbers = {name: [int(line) for line in logs[name].read_text().split()] for name in LOGS[1:]}
     return Child(status, logs["output"].read_text(), numbers["cut"], numbers["finished"])
 
 
@@ -232,7 +232,7 @@ def arguments(source: Path, text_file: Path, tmp_path: Path) -> list[object]:
 
 
 @pytest.fixture(scope="session")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, bytes]]:
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
     """Return what the same command leaves when nothing disturbs it; each is run once."""
     known: dict[str, dict[str, bytes]] = {}
 
@@ -273,46 +273,314 @@ def kill_and_resume(
         assert last == next(event["after"] for event in events(out) if event["event"] == "resumed")
 
 
+GROUPS = (
+    ("statistics", "solve", "write"),
+    ("before rename", "after rename", "record", "after record"),
+    ("index", "after index", "gate", "after gate", "publish", "final rename"),
+)
 DRAW = random.Random(2024)
-DRAWN = [(name, DRAW.randint(1, STAGES[name].calls)) for name in DRAW.sample(sorted(STAGES), 3)]
+DRAWN = [(name, DRAW.randint(1, STAGES[name].calls)) for name in map(DRAW.choice, GROUPS)]
 EVERY = [
     (name, nth)
     for name, stage in STAGES.items()
     for nth in sorted(DRAW.sample(range(1, stage.calls + 1), min(3, stage.calls)))
 ]
+VARIANTS = {
+    "wanda": (),
+    "dense": ("--set", "prune.propagate=dense"),
+    "shrunk": ("--pattern", "ffn-channels", "--set", "prune.sparsity=0.25"),
+    "magnitude": ("--method", "magnitude"),
+}
 
 
 @pytest.mark.parametrize(("name", "nth"), DRAWN)
 def test_a_killed_run_resumes_to_the_same_bytes(
-    name: str, nth: int, arguments: list[object], expected: Callable[..., dict[str, bytes]]
+    name: str, nth: int, arguments: list[object], expected: Expected
 ) -> None:
     kill_and_resume(arguments, expected(arguments), STAGES[name], nth)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "more",
-    [
-        (),
-        ("--set", "prune.propagate=dense"),
-        ("--pattern", "ffn-channels", "--set", "prune.multiple=1"),
-        ("--method", "magnitude"),
-    ],
-    ids=["wanda", "dense", "shrunk", "magnitude"],
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("name", "nth"), EVERY)
 def test_every_stage_may_be_killed(
-    name: str,
-    nth: int,
-    more: tuple[str, ...],
-    arguments: list[object],
-    expected: Callable[..., dict[str, bytes]],
+    name: str, nth: int, variant: str, arguments: list[object], expected: Expected
 ) -> None:
-    if name == "statistics" and "magnitude" in more:
+    if (name, variant) == ("statistics", "magnitude"):
         pytest.skip("magnitude reads no text")
-    if name == "solve":
-        nth = (nth - 1) % (NUM_BLOCKS * (1 if "ffn-channels" in more else 4)) + 1
-    if "ffn-channels" in more:
-        more = (*more, "--set", "prune.sparsity=0.25")
-    arguments = [*arguments[:-2], *more, *arguments[-2:]]
+    if (name, variant) == ("solve", "shrunk"):
+        nth = (nth - 1) % NUM_BLOCKS + 1  # one group per block
+    arguments = [*arguments[:-2], *VARIANTS[variant], *arguments[-2:]]
     kill_and_resume(arguments, expected(arguments), STAGES[name], nth)
+
+
+def test_with_dense_propagation_a_resumed_run_feeds_what_the_source_computes(
+    arguments: list[object], expected: Expected
+) -> None:
+    arguments = [*arguments[:-2], *VARIANTS["dense"], *arguments[-2:]]
+    kill_and_resume(arguments, expected(arguments), STAGES["solve"], 11)
+
+
+def test_the_report_says_after_which_block_a_run_was_resumed(
+    arguments: list[object], tmp_path: Path
+) -> None:
+    assert in_child(tmp_path, arguments, lambda: STAGES["record"].install(3)).killed
+    assert in_child(tmp_path, arguments).code == 0
+    report = (tmp_path / "out/llmprune/report.json").read_text(encoding="utf-8")
+    assert "resumed after block 1" in report
+
+
+def test_hidden_states_on_disk_resume_and_leave_nothing(
+    arguments: list[object],
+    expected: Expected,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_memory = expected(arguments)
+    decide = planning.estimate
+    monkeypatch.setattr(
+        planning, "estimate", lambda *args, **kwargs: replace(decide(*args, **kwargs), place="disk")
+    )
+    assert in_child(tmp_path, arguments, lambda: STAGES["statistics"].install(20)).killed
+    assert list((tmp_path / "out.partial").rglob("hidden-*.bin"))
+    second = in_child(tmp_path, arguments)
+    assert second.code == 0, second.output
+    found = contents(tmp_path / "out")
+    assert json.loads(found.pop("llmprune/run.json"))["place"] == "disk"
+    assert found == {name: value for name, value in in_memory.items() if "run.json" not in name}
+
+
+def test_a_resumed_run_obeys_the_threads_of_its_beginning(
+    arguments: list[object], expected: Expected, tmp_path: Path
+) -> None:
+    assert in_child(tmp_path, arguments, lambda: STAGES["solve"].install(9)).killed
+    used = tmp_path / "threads"
+
+    def two_threads() -> None:
+        torch.get_num_threads = lambda: 2
+        torch.set_num_threads = lambda count: used.write_text(str(count)) and None
+
+    second = in_child(tmp_path, arguments, two_threads)
+    assert second.code == 0, second.output
+    assert used.read_text() == "1"
+    assert contents(tmp_path / "out") == expected(arguments)
+
+
+def test_a_shard_damaged_after_it_was_finished_is_cut_again(
+    arguments: list[object], expected: Expected, tmp_path: Path
+) -> None:
+    first = in_child(tmp_path, arguments, lambda: STAGES["index"].install(1))
+    assert first.finished == [0, 1, 2, 3]
+    partial = tmp_path / "out.partial"
+    shard = partial / f"model-00002-of-{NUM_BLOCKS + 1:05d}.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    before = marks(partial, [0, 2, 3])
+    second = in_child(tmp_path, arguments)
+    assert second.code == 0, second.output
+    assert second.cut == [1]
+    assert contents(tmp_path / "out") == expected(arguments)
+    assert marks(tmp_path / "out", [0, 2, 3]) == before
+
+
+def test_a_mask_file_that_vanished_is_made_again(
+    arguments: list[object], expected: Expected, tmp_path: Path
+) -> None:
+    assert in_child(tmp_path, arguments, lambda: STAGES["solve"].install(10)).finished == [0, 1]
+    (tmp_path / f"out.partial/llmprune/masks-00001-of-{NUM_BLOCKS + 1:05d}.safetensors").unlink()
+    assert in_child(tmp_path, arguments).cut == [0, 2, 3]
+    assert contents(tmp_path / "out") == expected(arguments)
+
+
+def test_a_run_killed_right_after_its_final_rename_is_finished(
+    arguments: list[object], expected: Expected, tmp_path: Path
+) -> None:
+    def install() -> None:
+        at_call(records.os, "replace", 1, when=is_final, after=True)
+
+    assert in_child(tmp_path, arguments, install).killed
+    second = in_child(tmp_path, arguments)
+    assert (second.code, second.cut) == (0, [])
+    assert "already holds this result" in second.output
+    assert contents(tmp_path / "out") == expected(arguments)
+
+
+def test_killed_again_and_again_it_still_ends_with_the_same_bytes(
+    arguments: list[object], expected: Expected, tmp_path: Path
+) -> None:
+    cut: list[int] = []
+    for _ in range(NUM_BLOCKS):
+        child = in_child(tmp_path, arguments, lambda: STAGES["after record"].install(1))
+        assert child.killed
+        cut += child.cut
+    assert in_child(tmp_path, arguments).cut == []
+    assert cut == [0, 1, 2, 3]
+    assert contents(tmp_path / "out") == expected(arguments)
+
+
+def test_an_old_result_stays_until_the_new_one_is_proven(
+    arguments: list[object], expected: Expected, tmp_path: Path
+) -> None:
+    assert in_child(tmp_path, arguments).code == 0
+    old = contents(tmp_path / "out")
+    other = ["--method", "magnitude", *arguments]
+    for stage in ("solve", "after gate"):
+        install = STAGES[stage].install
+        assert in_child(tmp_path, [*other, "--overwrite"], lambda go=install: go(1)).killed
+        assert contents(tmp_path / "out") == old
+    last = in_child(tmp_path, [*other, "--overwrite"])
+    assert last.code == 0, last.output
+    assert contents(tmp_path / "out") == expected(other)
+    assert not (tmp_path / "out.old").exists()
+
+
+# What is refused: continuing one run with the wishes of another.
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (("--sparsity", "0.6"), "recipe.steps[0].prune.sparsity: 0.5 then, 0.6 now"),
+        (("--seed", "1"), "recipe.seed: 0 then, 1 now"),
+        (("--set", "prune.propagate=dense"), "recipe.steps[0].prune.propagate"),
+        (("--num-samples", "4"), "recipe.calibration.num_samples: 8 then, 4 now"),
+    ],
+)
+def test_another_recipe_does_not_continue_a_run(
+    change: tuple[str, ...], key: str, arguments: list[object], tmp_path: Path
+) -> None:
+    assert in_child(tmp_path, arguments, lambda: STAGES["solve"].install(6)).killed
+    before = contents(tmp_path / "out.partial")
+    refused = in_child(tmp_path, [*arguments, *change])
+    assert refused.code == 2
+    assert key in refused.output
+    assert "--overwrite" in refused.output
+    assert "Traceback" not in refused.output
+    assert contents(tmp_path / "out.partial") == before
+
+
+def test_another_text_under_the_same_name_does_not_continue_a_run(
+    source: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text = shutil.copy(text_file, tmp_path / "text.txt")
+    arguments = ["--model", source, "--sparsity", 0.5, "--calib", text, "--num-samples", 4]
+    arguments += ["--seq-len", 16, "--no-eval", "--out", tmp_path / "out"]
+    assert in_child(tmp_path, arguments, lambda: STAGES["solve"].install(6)).killed
+    Path(text).write_text(text_file.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    refused = in_child(tmp_path, arguments)
+    assert refused.code == 2
+    assert "tokens: " in refused.output
+    anew = in_child(tmp_path, [*arguments, "--overwrite"])
+    assert (anew.code, anew.cut) == (0, [0, 1, 2, 3])
+
+
+def test_other_weights_under_the_same_name_do_not_continue_a_run(
+    own_source: Path, text_file: Path, tmp_path: Path
+) -> None:
+    arguments = ["--model", own_source, "--sparsity", 0.5, "--calib", text_file]
+    arguments += ["--num-samples", 4, "--seq-len", 16, "--no-eval", "--out", tmp_path / "out"]
+    assert in_child(tmp_path, arguments, lambda: STAGES["solve"].install(6)).killed
+    shard = sorted(own_source.glob("*.safetensors"))[0]
+    tensors = safetensors.torch.load_file(shard)
+    safetensors.torch.save_file({name: 2 * value for name, value in tensors.items()}, shard)
+    refused = in_child(tmp_path, arguments)
+    assert refused.code == 2
+    assert "source.fingerprint" in refused.output
+
+
+def test_a_finished_result_of_another_recipe_is_refused_and_of_the_same_is_kept(
+    arguments: list[object], tmp_path: Path
+) -> None:
+    assert in_child(tmp_path, arguments).code == 0
+    before = contents(tmp_path / "out")
+    again = in_child(tmp_path, arguments)
+    assert (again.code, again.cut) == (0, [])
+    other = in_child(tmp_path, [*arguments, "--sparsity", "0.25"])
+    assert other.code == 2
+    assert "sparsity: 0.5 then, 0.25 now" in other.output
+    assert contents(tmp_path / "out") == before
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_finished_result_from_another_text_is_not_taken_for_this_one(
+    source: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text = Path(shutil.copy(text_file, tmp_path / "text.txt"))
+    arguments = ["--model", source, "--sparsity", 0.5, "--calib", text, "--num-samples", 4]
+    arguments += ["--seq-len", 16, "--no-eval", "--out", tmp_path / "out"]
+    assert in_child(tmp_path, arguments).code == 0
+    text.write_text(text_file.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    refused = in_child(tmp_path, arguments)
+    assert refused.code == 2, refused.output
+    assert "tokens" in refused.output
+
+
+# Signals to a real process.
+
+WAITING = """
+import sys, time
+from pathlib import Path
+from llmprune import cli
+from llmprune.engine.solving import Cutter
+original, calls = Cutter.cut, 0
+def slow(*args):
+    global calls
+    calls += 1
+    if calls == 7:
+        Path(sys.argv[1]).touch()
+        time.sleep(120)
+    return original(*args)
+Cutter.cut = slow
+cli.main(sys.argv[2:])
+"""
+
+
+def interrupted(arguments: list[object], home: Path, number: int) -> tuple[int, str, str]:
+    """Run a command in a fresh process and send it a signal inside its second block."""
+    here = home / "here"
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, str(here), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 100
+    while not here.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_ctrl_c_stops_with_130_and_a_fresh_process_resumes(
+    arguments: list[object], tmp_path: Path
+) -> None:
+    code, _, err = interrupted(arguments, tmp_path, signal.SIGINT)
+    assert code == 130
+    assert "the same command resumes" in err
+    assert "Traceback" not in err
+    assert (tmp_path / "out.partial").is_dir()
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*lock"))
+    resumed = subprocess.run(
+        [sys.executable, "-m", "llmprune", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed after block 0" in resumed.stdout
+    assert "loads in a fresh process" in resumed.stdout
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_sigterm_stops_as_ctrl_c_does(arguments: list[object], tmp_path: Path) -> None:
+    code, out, err = interrupted([*arguments, "--json"], tmp_path, signal.SIGTERM)
+    assert code == 130
+    assert "the same command resumes" in err
+    assert json.loads(out.splitlines()[-1])["code"] == 130
+    assert (tmp_path / "out.partial").is_dir()
+    assert not (tmp_path / "out").exists()
