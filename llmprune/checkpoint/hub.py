@@ -152,6 +152,6 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
             raise
         raise CheckpointError(
             f"{model} is no local folder, the Hub cannot be reached for it "
-            f"({type(error).__name__}), and the local cache does not hold it. Go online, give a local folder, or try "
-            "`--model demo`."
+            f"({type(error).__name__}), and the local cache does not hold it. Go online, give a "
+            "local folder, or try `--model demo`."
         ) from None

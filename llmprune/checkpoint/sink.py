@@ -66,6 +66,8 @@ def write_json(path: Path, data: Any) -> None:
 def settle(path: Path) -> None:
     """Wait until a file's bytes and its name, or a folder's names, are on the disk."""
     for target in (path, path.parent) if path.is_file() else (path,):
+        if os.name == "nt" and target.is_dir():
+            continue  # Windows has no handle on a folder to wait for
         descriptor = os.open(target, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -116,6 +116,7 @@ def _cut_block(
                         block.check_finite(span.linear)
                 stats = seen.stats[group.tap] if seen else EMPTY
                 cutter.cut(group, block, stats, masks, outcome)
+            outcome.carry(masks)
         with _timed(seconds, "write"):
             shard = blocks.commit(block, outcome.touched)
     peak = anonymous_bytes()

@@ -7,7 +7,6 @@ A block is whole when its record, written last, matches the hashes of its shard 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -104,23 +103,24 @@ class Records:
         Raises:
             CheckpointError: another run works in it, or it cannot be written.
         """
+        from filelock import FileLock, Timeout
+
         path = self.out.with_name(f".{self.out.name}.lock")
+        lock = FileLock(path, timeout=0)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = path.open("w")
+            lock.acquire()
+        except Timeout:
+            raise CheckpointError(
+                f"another run is writing {self.out}. Wait for it, or choose another --out."
+            ) from None
         except OSError as error:
             raise write_failed(path.parent, error) from error
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise CheckpointError(
-                    f"another run is writing {self.out}. Wait for it, or choose another --out."
-                ) from None
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.release()
+            path.unlink(missing_ok=True)
 
     def _record(self, index: int) -> Path:
         return self.own / "records" / f"{index + 1:05d}.json"

@@ -39,6 +39,10 @@ class Outcome:
     kept_units: dict[str, Tensor] = field(default_factory=dict)
     touched: set[str] = field(default_factory=set)
 
+    def carry(self, prior: Mapping[str, Tensor]) -> None:
+        """Keep the masks of an earlier pruning where this one decided nothing."""
+        self.keeps = dict(prior) | self.keeps
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cutter:
@@ -62,7 +66,7 @@ class Cutter:
         if group.coupling is None:
             self._cut_weights(group, block, stats, prior, outcome)
         else:
-            self._cut_units(group, block, stats, outcome)
+            self._cut_units(group, block, stats, prior, outcome)
 
     def _cut_weights(
         self,
@@ -76,12 +80,16 @@ class Cutter:
         score, fallback = self._score(stats)
         weights = {site.name: block.weight(site.spans[0].linear) for site in group.sites}
         chooses: dict[str, Choose] = {}
+        errors: dict[str, float | None] = {}
         for site in group.sites:
             score_OI = SCORES[score].fn(weights[site.name], stats)
             if site.name in prior:
                 score_OI.masked_fill_(~prior[site.name].to(score_OI.device), -torch.inf)
             keep_OI = choose_keep(self.pattern, score_OI, self.counts[site.name], self.group)
+            if site.name in prior:
+                keep_OI &= prior[site.name].to(keep_OI.device)
             chooses[site.name] = _answer(keep_OI)
+            errors[site.name] = _diagonal_error(weights[site.name], keep_OI, stats)
             del score_OI
         solver = SOLVERS[self.method.solver].fn
         for site, solved in zip(
@@ -92,9 +100,16 @@ class Cutter:
             outcome.keeps[site.name] = solved.keep_OI
             outcome.touched |= block.params_of({site.spans[0].linear})
             removed = site.num_units - int(solved.keep_OI.count_nonzero())
-            outcome.rows.append(_row(site, removed, stats, fallback))
+            outcome.rows.append(_row(site, removed, stats, fallback, errors[site.name]))
 
-    def _cut_units(self, group: Group, block: Block, stats: Stats, outcome: Outcome) -> None:
+    def _cut_units(
+        self,
+        group: Group,
+        block: Block,
+        stats: Stats,
+        prior: Mapping[str, Tensor],
+        outcome: Outcome,
+    ) -> None:
         assert group.coupling is not None
         (site,) = group.sites
         score, fallback = self._score(stats)
@@ -107,15 +122,21 @@ class Cutter:
         outcome.kept_units[site.name] = kept.to(torch.int32)
         if self.shrink:
             outcome.touched |= block.shrink(group.coupling, kept)
+            for span in site.spans:
+                if (earlier := prior.get(block.prefix + span.linear)) is not None:
+                    dim = 0 if span.axis == "out" else 1
+                    outcome.keeps[block.prefix + span.linear] = earlier.index_select(dim, kept)
         else:
             for span in site.spans:
                 weight_OI = block.weight(span.linear)
                 axis = keep_U[:, None] if span.axis == "out" else keep_U[None, :]
                 keep_OI = axis.expand_as(weight_OI)
                 zero_out(weight_OI, keep_OI)
+                earlier = prior.get(block.prefix + span.linear)
+                keep_OI = keep_OI if earlier is None else keep_OI & earlier.to(keep_OI.device)
                 outcome.keeps[block.prefix + span.linear] = keep_OI
                 outcome.touched |= block.params_of({span.linear})
-        outcome.rows.append(_row(site, count, stats, fallback))
+        outcome.rows.append(_row(site, count, stats, fallback, None))
 
     def _score(self, stats: Stats) -> tuple[str, str | None]:
         """Return the score to use: magnitude where activations are needed and none were seen."""
@@ -133,7 +154,26 @@ def _answer(keep_OI: Tensor) -> Choose:
     return choose
 
 
-def _row(site: Site, removed: int, stats: Stats, fallback: str | None) -> dict[str, object]:
+def _diagonal_error(weight_OI: Tensor, keep_OI: Tensor, stats: Stats) -> float | None:
+    """Return the relative error of a linear's output if its inputs were uncorrelated.
+
+    The square root of sum(w^2 q over removed weights) / sum(w^2 q), with q = `col_sq`; None where
+    the inputs were not observed.
+    """
+    if "col_sq" not in stats.values:
+        return None
+    removed = total = 0.0
+    col_sq_I = stats["col_sq"].to(weight_OI.device, torch.float32)
+    for weight, keep in zip(weight_OI.split(1024), keep_OI.split(1024), strict=True):
+        energy_OI = weight.float().square().mul_(col_sq_I)
+        total += float(energy_OI.sum(dtype=torch.float64))
+        removed += float(energy_OI.mul_(~keep).sum(dtype=torch.float64))
+    return (removed / total) ** 0.5 if total else 0.0
+
+
+def _row(
+    site: Site, removed: int, stats: Stats, fallback: str | None, error: float | None
+) -> dict[str, object]:
     """Return a site's line of the report."""
     row: dict[str, object] = {
         "site": site.name,
@@ -143,6 +183,7 @@ def _row(site: Site, removed: int, stats: Stats, fallback: str | None) -> dict[s
         "removed_weights": removed * site.unit_cost,
         "sparsity": removed / site.num_units,
         "tokens": stats.num_tokens,
+        "error": error,
     }
     if fallback:
         row["fallback"] = fallback

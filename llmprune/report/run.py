@@ -71,12 +71,13 @@ class Report:
                 f"{row['removed_weights']:,}",
                 f"{row['sparsity']:.4f}",
                 f"{row['tokens']:,}",
+                "" if row["error"] is None else f"{row['error']:.4f}",
                 row.get("fallback", ""),
             )
             for block in self.data["blocks"]
             for row in block["sites"]
         ]
-        return columns(("site", "weights", "removed", "sparsity", "tokens", ""), rows)
+        return columns(("site", "weights", "removed", "sparsity", "tokens", "error", ""), rows)
 
     def __repr__(self) -> str:
         from llmprune.report.tables import report_text
