@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from llmprune.base.errors import CheckpointError, TooLarge
-from llmprune.checkpoint import sink
 from llmprune.checkpoint.sink import (
     copy_side_files,
     hash_file,
@@ -86,7 +85,7 @@ def test_a_failing_rename_leaves_what_was_there(
 def test_a_full_disk_is_too_large_for_json_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sink, "_settle", raising(OSError(28, "No space left on device")))
+    monkeypatch.setattr(os, "replace", raising(OSError(28, "No space left on device")))
     with pytest.raises(TooLarge, match="disk is full"):
         write_json(tmp_path / "x.json", {})
     assert list(tmp_path.iterdir()) == []

@@ -58,23 +58,19 @@ def test_kl_is_the_mean_over_positions(tmp_path: Path, logits: Tensor) -> None:
 
 def test_16_bits_need_the_same_predictions(tmp_path: Path) -> None:
     """Another winner counts as the same only where the two best are nearer than rounding."""
-    flat = torch.zeros(2, 70, 16)
-    flat[..., 0] = 0.02
-    swapped = flat.clone()
-    swapped[0, :7] = swapped[0, :7].roll(1, -1)
-    found = compared(tmp_path, swapped, flat, "bfloat16")
-    assert found.kl < 1e-3
-    assert found.same_argmax == 1.0  # the difference explains it: 0.02 apart, moved by 0.02
-    swapped = flat.clone()
-    swapped[0, :7, 0], swapped[0, :7, 1] = 0.0, 0.005
-    found = compared(tmp_path, swapped, flat, "bfloat16")
-    assert found.same_argmax == 1.0
-    sure = torch.zeros(2, 70, 16)
-    sure[..., 0], sure[..., 1] = 9.0, 8.0
-    unsure = sure.clone()
-    unsure[0, 0, 1] = 9.1
-    found = compared(tmp_path, unsure, sure, "bfloat16")
-    assert found.same_argmax == 1.0  # moved by 1.1, which is more than half of the distance
+    stock = torch.zeros(2, 70, 16)
+    stock[..., 0], stock[..., 1] = 8.0, 7.5  # bfloat16 rounds 8 to 1/16
+    stock[0, :7, 1] = 7.95
+    ours = stock.clone()
+    ours[0, :7, 1] = 8.05  # wins now, within rounding
+    found = compared(tmp_path, ours, stock, "bfloat16")
+    assert found.same_argmax == 1.0 and found.passed
+    assert compared(tmp_path, ours, stock, "float16").same_argmax == pytest.approx(1 - 7 / 140)
+    ours = stock.clone()
+    ours[1, 4, 1] = 8.05  # wins now, from far below
+    found = compared(tmp_path, ours, stock, "bfloat16")
+    assert found.same_argmax == pytest.approx(1 - 1 / 140)
+    assert found.kl < 1e-3 and not found.passed
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

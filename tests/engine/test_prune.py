@@ -293,6 +293,27 @@ def test_pruning_a_result_again(pico: Pico, prune: Prune, model_type: str) -> No
         assert not bool((keep & ~masks_of(first)[name]).any()), name
 
 
+@pytest.mark.parametrize("regrow", [False, True])
+def test_a_removed_weight_that_training_brought_back_goes_again(
+    pico: Pico, prune: Prune, regrow: bool
+) -> None:
+    """The mask of the first pruning decides, not the value, unless `regrow` is asked for."""
+    first = prune(pico("llama"), "first").out
+    assert first is not None
+    linear = "model.layers.1.mlp.up_proj"
+    row, column = (~masks_of(first)[linear]).nonzero()[0].tolist()
+    index = json.loads((first / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = first / index[f"{linear}.weight"]
+    tensors = load_file(shard)
+    tensors[f"{linear}.weight"][row, column] = 100.0
+    save_file(tensors, shard, metadata={"format": "pt"})
+    wishes = {"settings": [f"prune.regrow={str(regrow).lower()}"]}
+    again = prune(first, "again", **wishes).out
+    assert again is not None
+    assert bool(masks_of(again)[linear][row, column]) == regrow
+    assert float(tensors_of(again)[f"{linear}.weight"][row, column]) == 100.0 * regrow
+
+
 def test_what_was_removed_stays_removed_at_a_lower_sparsity(pico: Pico, prune: Prune) -> None:
     """The masks of the second result may not call a weight kept that the first removed."""
     first = prune(pico("llama"), "first").out
