@@ -5,5 +5,5 @@ test:  ; pytest
 lint:  ; ruff format --check . && ruff check .
 types: ; mypy
 docs:  ; python eval/make_methods_page.py > docs/METHODS.md
-bench: ; llmprune bench demo
+bench: ; python eval/cost/measure.py wanda
 ci:    ; .ci/run

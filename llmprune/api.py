@@ -16,7 +16,14 @@ from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.sink import write_json
 from llmprune.checkpoint.source import read_json
 from llmprune.delivery.gate import Verdict, pass_gate
-from llmprune.engine.opening import choose_device, open_blocks, open_plan, read_tokenizer
+from llmprune.engine.opening import (
+    choose_device,
+    choose_dtype,
+    open_blocks,
+    open_plan,
+    read_tokenizer,
+    storage_dtype,
+)
 from llmprune.evaluation.perplexity import Perplexity, cut_windows, of_blocks, of_model
 from llmprune.recipe import Recipe, build, default_steps, override
 from llmprune.report.run import Report
@@ -218,7 +225,7 @@ def perplexity(
         source = open_source(str(model))
         tokenizer = tokenizer or read_tokenizer(source, recipe)
         where = choose_device(device)
-        kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        kind = choose_dtype(dtype, storage_dtype(source), where)
         blocks = open_blocks(source, recipe, where, kind)
         config = blocks.model.config
     else:

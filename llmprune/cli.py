@@ -191,7 +191,7 @@ def plan_command(
 def show_plan(plan: Any, as_json: bool) -> None:
     """Print a plan as text or as JSON."""
     if as_json:
-        from llmprune.engine.plan_text import plan_data
+        from llmprune.engine.plan_table import plan_data
 
         print(json.dumps(plan_data(plan), indent=2))
     else:
@@ -369,6 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             text = error.format_message().rstrip(".")
             _fail(given, f"{text}. `llmprune --help` lists the flags.", 2)
         raise  # a fault of ours: the traceback helps to mend it, and Python exits with 1
+    if code == 130:  # typer has caught the interruption
+        _fail(given, STOPPED, 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -17,7 +17,7 @@ from llmprune.calibration.text import evaluation_text, read_documents, token_ids
 from llmprune.checkpoint.sink import write_json
 from llmprune.checkpoint.source import check_free_space, read_json
 from llmprune.delivery.gate import clean_scratch, pass_gate
-from llmprune.engine.cut import cut
+from llmprune.engine.cutting import cut
 from llmprune.engine.folder import (
     FolderKeeper,
     complete,
@@ -33,7 +33,7 @@ from llmprune.evaluation.perplexity import Perplexity, cut_windows, of_blocks
 from llmprune.mask.packed import pack
 from llmprune.report.run import Report, report_data
 from llmprune.walk.forward import Stream, embed
-from llmprune.walk.resident import resident
+from llmprune.walk.resident import in_memory
 from llmprune.walk.rewriting import Rewriting
 
 if TYPE_CHECKING:
@@ -78,14 +78,17 @@ def run_streamed(
     records = Records(out=out)
     local = None if opened.source.fetch else opened.source.folder
     with records.lock(), _memory_errors():
-        if finished := _finished(out, plan, overwrite):
-            progress.note(f"{out} already holds this result; nothing to do")
-            return finished
-        check_out(out, local, overwrite=overwrite)
+        finished = not overwrite and _is_result(out)
+        if not finished:
+            check_out(out, local, overwrite=overwrite)
         unfinished = records.run()
         if plan.forward and tokens is None:
             tokens = calibration_tokens(plan, read_tokenizer(opened.source, plan.recipe), progress)
         fixed = what_fixes(opened, tokens)
+        if finished:
+            _check_same_result(out, fixed)
+            progress.note(f"{out} already holds this result; nothing to do")
+            return Report.read(out)
         fresh = unfinished is None or overwrite
         if unfinished is not None and not overwrite:
             check_same_run(unfinished, fixed, f"{records.partial} holds the beginning")
@@ -174,7 +177,7 @@ def run_resident(
         LlmpruneError: the wish cannot be met.
     """
     seconds: dict[str, float] = {}
-    with resident(model) as blocks, _memory_errors():
+    with in_memory(model) as blocks, _memory_errors():
         plan = make_plan(
             recipe,
             anatomies_of(blocks),
@@ -260,21 +263,24 @@ def _evaluate(
     return found
 
 
-def _finished(out: Path, plan: Plan, overwrite: bool) -> Report | None:
-    """Return the report of a finished result of the same recipe.
+def _is_result(out: Path) -> bool:
+    """Tell whether a folder holds a finished result."""
+    return (out / OWN / "run.json").exists() and (out / OWN / "report.json").exists()
+
+
+def _check_same_result(out: Path, fixed: Mapping[str, Any]) -> None:
+    """Check that a finished result is what is asked for.
 
     Raises:
-        RecipeError: the folder holds the result of another recipe.
+        RecipeError: it is the result of another recipe, source or calibration.
     """
-    path = out / OWN / "run.json"
-    if overwrite or not path.exists() or not (out / OWN / "report.json").exists():
-        return None
-    wish = plan.recipe.to_dict()
-    before = dict(read_json(path).get("recipe", {}))
-    for key in ("out", "max_memory"):
-        wish.pop(key)
-    check_same_run({"recipe": before}, {"recipe": wish}, f"{out} holds the result")
-    return Report.read(out)
+    before = read_json(out / OWN / "run.json")
+    keys = ("recipe", "source", "tokens")
+    check_same_run(
+        {key: before.get(key) for key in keys},
+        {key: fixed[key] for key in keys},
+        f"{out} holds the result",
+    )
 
 
 @contextmanager

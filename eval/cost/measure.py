@@ -1,4 +1,4 @@
-"""What llmprune costs: memory against depth, time against the model's own forward, bytes per second.
+"""What llmprune costs: memory by depth, time by the model's own forward, bytes per second.
 
 usage: python eval/cost/measure.py memory | wanda | magnitude | startup   [--help]
 Everything is a ratio within one run, or per core, so that it means the same on another machine.
@@ -127,7 +127,7 @@ def wanda(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from llmprune.calibration.capture import call, capture
+    from llmprune.calibration.replay import call, capture
 
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:

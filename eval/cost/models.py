@@ -73,9 +73,7 @@ def write_llama(
     return folder
 
 
-def random(
-    shape: tuple[int, int], generator: torch.Generator, dtype: torch.dtype
-) -> torch.Tensor:
+def random(shape: tuple[int, int], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
     """Return normal weights of the usual scale."""
     return torch.randn(shape, generator=generator).mul_(0.02).to(dtype)
 

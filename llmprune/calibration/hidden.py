@@ -5,6 +5,7 @@ Legend: B sequences of a micro-batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -51,6 +52,8 @@ class HiddenStates:
         if self._folder is not None:
             for path in self._folder.glob("hidden-*.bin"):
                 path.unlink()
+            with suppress(OSError):  # others may keep files there
+                self._folder.rmdir()
 
     def _map(self, index: int, like: Tensor) -> Tensor:
         """Return a tensor whose memory is a file of its own."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +30,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, settled: bool = 
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask gives; safetensors makes private files
         save_file(contiguous, str(temporary), metadata={"format": "pt"})
+        temporary.chmod(mode)
         os.replace(temporary, path)
         if settled:
             settle(path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise write_failed(path, error) from error
 
 
@@ -59,7 +64,8 @@ def write_json(path: Path, data: Any) -> None:
         os.replace(temporary, path)
         settle(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise write_failed(path, error) from error
 
 

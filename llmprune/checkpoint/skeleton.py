@@ -79,7 +79,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # validators of many kinds; all mean that this config is unusable
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder / 'config.json'} is not understood: {first}") from error
 
@@ -119,7 +119,7 @@ def build_skeleton(
             f"{type(model).__name__} has no blocks at {family.blocks!r}, where the row of "
             f"{config.model_type!r} in llmprune/arch/table.py expects them."
         ) from None
-    return Skeleton(model=model.eval(), family=family)
+    return Skeleton(model=model.eval().requires_grad_(False), family=family)
 
 
 def use_eager_experts(model: Any) -> None:
@@ -140,7 +140,9 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if leaf in owner._buffers:
             owner._buffers[leaf] = tensor
         else:
-            owner._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+            before = owner._parameters[leaf]
+            trained = before is not None and before.requires_grad
+            owner._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=trained)
 
 
 def empty(module: nn.Module, names: Iterable[str] | None = None) -> None:

@@ -221,10 +221,15 @@ def read_header(path: Path) -> dict[str, Entry]:
         end = max((int(row["data_offsets"][1]) for row in header.values()), default=0)
         if size != 8 + length + end:
             raise ValueError(f"{8 + length + end} bytes promised, {size} found")
-        return {
-            name: Entry(file=path.name, dtype=row["dtype"], shape=tuple(row["shape"]))
-            for name, row in header.items()
-        }
+        entries = {}
+        for name, row in header.items():
+            entry = Entry(file=path.name, dtype=row["dtype"], shape=tuple(row["shape"]))
+            first, last = row["data_offsets"]
+            known = entry.dtype in DTYPE_BYTES
+            if min(entry.shape, default=0) < 0 or (known and entry.num_bytes != last - first):
+                raise ValueError(f"{name} of shape {row['shape']} in {last - first} bytes")
+            entries[name] = entry
+        return entries
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise damaged(path, str(error)) from error
 

@@ -86,7 +86,7 @@ def pass_gate(
         ours = Path(scratch) / "ours.safetensors"
         _write_logits(blocks, tokens, ours)
         loaded = _load_stock(folder, Path(scratch), tokens, device, dtype, trust_remote_code)
-        _check_keys(folder, loaded, blocks.unused)
+        _check_keys(folder, loaded, _unused_in_source(folder))
         agreement = compare(ours, Path(scratch) / "stock.safetensors", str(dtype))
     if not agreement.passed:
         raise WontLoad(
@@ -158,7 +158,13 @@ def _load_stock(
     return read_json(scratch / "loaded.json")
 
 
-def _check_keys(folder: Path, loaded: Mapping[str, list[str]], unused: tuple[str, ...]) -> None:
+def _unused_in_source(folder: Path) -> list[str]:
+    """Return the tensors that the source already had and its model does not use."""
+    path = folder / OWN / "run.json"
+    return list(read_json(path).get("unused", [])) if path.exists() else []
+
+
+def _check_keys(folder: Path, loaded: Mapping[str, list[str]], unused: list[str]) -> None:
     """Check that loading left nothing missing, unexpected or mismatched.
 
     Tensors that the source already had and its model does not use stay, and are no surprise.

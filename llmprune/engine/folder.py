@@ -18,7 +18,7 @@ from llmprune.delivery.masks import MaskFiles
 from llmprune.engine.opening import Opened
 from llmprune.engine.records import Records
 from llmprune.engine.solving import Outcome
-from llmprune.walk.rewriting import Rewriting, rewriting
+from llmprune.walk.rewriting import Rewriting, open_rewriting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ def open_target(opened: Opened, partial: Path) -> Rewriting:
             attention=skeleton.config._attn_implementation,
             trust_remote_code=opened.plan.recipe.trust_remote_code,
         )
-    return rewriting(opened.blocks, skeleton, partial)
+    return open_rewriting(opened.blocks, skeleton, partial)
 
 
 class FolderKeeper:
@@ -134,6 +134,7 @@ def what_fixes(opened: Opened, tokens: Tensor | None) -> dict[str, Any]:
             "revision": opened.source.revision,
             "fingerprint": opened.source.fingerprint(),
         },
+        "unused": list(opened.blocks.unused),
         "tokens": None if tokens is None else token_hash(tokens),
         "micro_batch": plan.estimate.micro_batch,
         "place": plan.estimate.place,

@@ -11,7 +11,7 @@ import torch
 from llmprune.arch.anatomy import family_of
 from llmprune.arch.miniature import SEQ_LEN, miniature_model
 from llmprune.base.errors import CheckpointError, RecipeError
-from llmprune.calibration.capture import check_replay
+from llmprune.calibration.replay import check_replay
 from llmprune.catalog import METHODS
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.skeleton import build_skeleton, read_config

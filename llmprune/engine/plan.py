@@ -12,7 +12,7 @@ from llmprune.allocation.projector import default_multiple, project
 from llmprune.arch.types import Site
 from llmprune.base.errors import RecipeError
 from llmprune.catalog import METHODS, Method
-from llmprune.engine.estimate import Estimate, Shape, estimate, measure_rate
+from llmprune.engine.cost import Estimate, Shape, estimate, measure_rate
 from llmprune.engine.sites import Group, all_sites, groups_of, is_skipped
 from llmprune.engine.solving import Cutter
 from llmprune.mask.counts import exact_sparsity
@@ -122,7 +122,7 @@ class Plan:
         )
 
     def __repr__(self) -> str:
-        from llmprune.engine.plan_text import plan_text
+        from llmprune.engine.plan_table import plan_text
 
         return plan_text(self)
 

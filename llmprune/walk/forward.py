@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune.base.errors import NumericalError
-from llmprune.calibration.capture import Arguments, call, capture, head, same
 from llmprune.calibration.hidden import HiddenStates, Place
+from llmprune.calibration.replay import Arguments, call, capture, head, same
 from llmprune.walk.block import Block, Blocks
 
 if TYPE_CHECKING:

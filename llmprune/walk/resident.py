@@ -63,7 +63,7 @@ class Resident:
 
 
 @contextmanager
-def resident(model: Any) -> Iterator[Resident]:
+def in_memory(model: Any) -> Iterator[Resident]:
     """Open a model in memory for pruning; mode, experts and cache settings come back at the end.
 
     Raises:

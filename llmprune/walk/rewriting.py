@@ -110,7 +110,7 @@ class Rewriting:
         return value.to(device="cpu", dtype=dtype)
 
 
-def rewriting(source: Streamed, skeleton: Skeleton, out: Path) -> Rewriting:
+def open_rewriting(source: Streamed, skeleton: Skeleton, out: Path) -> Rewriting:
     """Open a checkpoint for rewriting into `out`; `skeleton` has the result's config."""
     files = {name: _file(source, name) for name in source.source.entries}
     entries: Mapping[str, Entry] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,13 +129,7 @@ def stream(
                 f"{source.name} holds no tensor for {name}, which config.json asks for; "
                 "transformers would fill it with random numbers. Fetch the checkpoint again."
             )
-        for disk in naming.disk_names_of([name]) if len(value.shape) < 3 else ():
-            found = source.entries[disk].shape
-            if naming.pattern[disk] is None and found != tuple(value.shape):
-                raise CheckpointError(
-                    f"{disk} of {source.name} has shape {list(found)}, but config.json makes it "
-                    f"{list(value.shape)}. Config and weights belong to different models."
-                )
+        _check_shape(source, naming, name, tuple(value.shape))
     return Streamed(
         source=source,
         skeleton=skeleton,
@@ -143,3 +138,29 @@ def stream(
         device=device,
         dtype=dtype,
     )
+
+
+def _check_shape(source: Source, naming: Naming, param: str, shape: tuple[int, ...]) -> None:
+    """Check that the tensors on disk of a parameter give its shape, or merge to its size.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    merged: dict[str, set[tuple[int, ...]]] = {}
+    size = 0
+    for disk in naming.disk_names_of([param]):
+        entry, pattern = source.entries[disk], naming.pattern[disk]
+        if pattern is None and entry.shape != shape:
+            raise CheckpointError(
+                f"{disk} of {source.name} has shape {list(entry.shape)}, but config.json makes it "
+                f"{list(shape)}. Config and weights belong to different models."
+            )
+        merged.setdefault(str(pattern), set()).add(entry.shape)
+        size += entry.num_params
+    wanted = math.prod(shape)
+    if merged and (size != wanted or any(len(shapes) > 1 for shapes in merged.values())):
+        raise CheckpointError(
+            f"the tensors of {source.name} that merge into {param} hold {size:,} values in shapes "
+            f"{sorted(s for shapes in merged.values() for s in shapes)}, where config.json needs "
+            f"{wanted:,}. One is missing or of another model; fetch the checkpoint again."
+        )

@@ -14,7 +14,7 @@ import torch
 from llmprune import api
 from llmprune.base.errors import RecipeError, TooLarge, UnknownName
 from llmprune.checkpoint.source import Source
-from llmprune.engine.estimate import ACTIVATIONS, DEVICE_TOKENS, Shape, micro_batch
+from llmprune.engine.cost import ACTIVATIONS, DEVICE_TOKENS, Shape, micro_batch
 from llmprune.engine.plan import Plan
 
 Pico = Callable[..., Path]
@@ -270,10 +270,10 @@ def test_plans_say_the_same_for_a_model_in_memory(
 ) -> None:
     from llmprune.engine.opening import anatomies_of
     from llmprune.engine.plan import make_plan
-    from llmprune.walk.resident import resident
+    from llmprune.walk.resident import in_memory
 
     plan, model = make(model_type), make_model(model_type)
-    with resident(model) as blocks:
+    with in_memory(model) as blocks:
         memory = make_plan(
             plan.recipe, anatomies_of(blocks), source_name="x", out=None, config=model.config,
             device=torch.device("cpu"), dtype=torch.float32, stored_bytes=1, storage_itemsize=4,

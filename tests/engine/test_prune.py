@@ -215,7 +215,7 @@ def test_micro_batches_do_not_change_the_masks(
     pico: Pico, prune: Prune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prune(pico("gemma3_text"), "whole").out
-    monkeypatch.setattr("llmprune.engine.estimate.micro_batch", lambda *args: 3)
+    monkeypatch.setattr("llmprune.engine.cost.micro_batch", lambda *args: 3)
     parts = prune(pico("gemma3_text"), "parts").out
     assert whole is not None and parts is not None
     assert json.loads((parts / "llmprune" / "run.json").read_text())["micro_batch"] == 3

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmprune.api import perplexity
 from llmprune.base.errors import NumericalError, RecipeError
 from llmprune.evaluation.perplexity import Perplexity, cut_windows, of_blocks, of_model
-from llmprune.walk.resident import resident
+from llmprune.walk.resident import in_memory
 from llmprune.walk.streamed import Streamed
 
 Pico = Callable[..., Path]
@@ -101,7 +101,7 @@ def test_a_loss_that_is_not_finite_is_an_error(
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(NumericalError, match="NaN or infinite"):
         of_model(model, tokens)
-    with resident(model) as blocks, pytest.raises(NumericalError, match="NaN or infinite"):
+    with in_memory(model) as blocks, pytest.raises(NumericalError, match="NaN or infinite"):
         of_blocks(blocks, tokens)
 
 

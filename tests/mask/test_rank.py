@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmprune.mask import rank_cpu
-from llmprune.mask import rank_torch
+from llmprune.mask import rank_cpu, rank_torch
 from llmprune.mask.rank import keep_highest, keep_highest_flat, keep_n_of_m
 from tests.reference.selection import keep_of_groups, keep_of_rows, keep_of_vector
 

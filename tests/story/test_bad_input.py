@@ -19,6 +19,7 @@ import torch
 
 from llmprune import cli
 from llmprune.checkpoint import source as sources
+from llmprune.engine.records import Records
 from llmprune.engine.solving import Cutter
 from tests.story.conftest import Command, Ended
 
@@ -392,6 +393,17 @@ def test_out_cannot_be_written(source: Path, refused: Refused) -> None:
     refused(source, "--out", "/proc/out", says=("/proc", "cannot be written", "--out"))
 
 
+def test_out_lies_below_a_file(source: Path, refused: Refused, home: Path) -> None:
+    (home / "file").write_text("mine")
+    refused(source, "--out", home / "file" / "out", says=("cannot be written", "--out"))
+
+
+def test_out_is_being_written_by_another_run(source: Path, refused: Refused, home: Path) -> None:
+    with Records(out=home / "out").lock():
+        refused(source, says=("another run is writing", "--out"))
+    assert list(home.iterdir()) == []
+
+
 def test_a_refused_run_leaves_no_new_parent_folders(
     source: Path, refused: Refused, home: Path, tmp_path: Path
 ) -> None:
@@ -538,15 +550,25 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
 
 
 @pytest.fixture
-def refusing_hub() -> Iterator[Callable[[int, str], str]]:
-    """Return the address of a server that answers everything with one status and error code."""
+def refusing_hub() -> Iterator[Callable[..., str]]:
+    """Return the address of a server that answers everything with one status and error code.
+
+    What ends with `after`, the question for the model's files, is answered as it should be.
+    """
     servers = []
 
-    def start(status: int, error_code: str) -> str:
+    def start(status: int, error_code: str, *, after: str | None = None) -> str:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 body = b'{"error": "no"}'
-                self.send_response(status)
+                answered = after is not None and self.path.partition("?")[0].endswith(after)
+                if answered:
+                    body = b'{"id": "a/b", "sha": "%s", "siblings": [%s, %s]}' % (
+                        b"a" * 40,
+                        b'{"rfilename": "config.json", "size": 10}',
+                        b'{"rfilename": "model.safetensors", "size": 10}',
+                    )
+                self.send_response(200 if answered else status)
                 self.send_header("X-Error-Code", error_code)
                 self.send_header("X-Error-Message", "no")
                 self.send_header("Content-Length", str(len(body)))
@@ -587,11 +609,18 @@ def test_a_hub_that_says_no(
     error_code: str,
     says: tuple[str, ...],
     hub: Callable[..., None],
-    refusing_hub: Callable[[int, str], str],
+    refusing_hub: Callable[..., str],
     refused: Refused,
 ) -> None:
     hub(refusing_hub(status, error_code))
     refused("owner/name", "--revision", "v2", says=says)
+
+
+def test_a_hub_that_falls_silent_after_its_first_answer(
+    hub: Callable[..., None], refusing_hub: Callable[..., str], refused: Refused
+) -> None:
+    hub(refusing_hub(500, "", after="/owner/name"))
+    refused("owner/name", says=("owner/name", "the Hub cannot be reached"))
 
 
 def test_a_hub_that_cannot_be_reached(hub: Callable[..., None], refused: Refused) -> None:

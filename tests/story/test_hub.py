@@ -239,10 +239,6 @@ def test_what_is_cached_needs_no_hub(hub: Hub, story: Story) -> None:
     assert story.codes[4] == 0, story.err.splitlines()[-1]
 
 
-def test_only_warnings_and_errors_are_on_stderr(story: Story) -> None:
-    assert "Fetching" not in story.err
-
-
 def test_weights_of_other_kinds_are_never_requested(hub: Hub, story: Story) -> None:
     for name in DECOYS:
         assert not [request for request in hub.seen if request.path.endswith(name)], name

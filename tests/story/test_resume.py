@@ -26,11 +26,11 @@ import llmprune.walk.rewriting
 from llmprune import cli
 from llmprune.base.errors import NumericalError
 from llmprune.checkpoint import sink
-from llmprune.engine import cut as cutting
+from llmprune.engine import cutting as cutting
 from llmprune.engine import estimate, records
 from llmprune.engine import plan as planning
 from llmprune.engine.solving import Cutter
-from llmprune.walk import observe as observing
+from llmprune.walk import observation as observing
 
 NUM_BLOCKS = 4
 Install = Callable[[int], None]

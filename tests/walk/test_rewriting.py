@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.source import INDEX, SINGLE
-from llmprune.walk.rewriting import Rewriting, rewriting
+from llmprune.walk.rewriting import Rewriting, open_rewriting
 from llmprune.walk.streamed import Streamed
 
 Pico = Callable[..., Path]
@@ -29,7 +29,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 
 def rewrite(blocks: Streamed, out: Path) -> Rewriting:
-    return rewriting(blocks, blocks.skeleton, out)
+    return open_rewriting(blocks, blocks.skeleton, out)
 
 
 @pytest.mark.parametrize(("tied", "sharded"), [(True, False), (False, True)])

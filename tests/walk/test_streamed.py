@@ -16,7 +16,7 @@ from torch import Tensor
 from llmprune.base.errors import CheckpointError
 from llmprune.checkpoint.source import SINGLE
 from llmprune.walk.forward import embed, logits, walk
-from llmprune.walk.resident import resident
+from llmprune.walk.resident import in_memory
 from llmprune.walk.streamed import Streamed
 
 Pico = Callable[..., Path]
@@ -205,7 +205,7 @@ def test_a_resident_model_is_walked_in_place_and_left_as_it_was(
     model = make_model(model_type).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     experts = model.config._experts_implementation
-    with resident(model) as blocks:
+    with in_memory(model) as blocks:
         assert not model.training
         found = streamed_logits(blocks, tokens)
     assert model.training

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from llmprune.base.errors import NumericalError
-from llmprune.calibration.capture import call
+from llmprune.base.errors import NumericalError, UnsupportedModel
+from llmprune.calibration.replay import call
 from llmprune.stats import STATISTICS
 from llmprune.stats.types import Stats
 from llmprune.walk.block import Block
@@ -96,8 +96,9 @@ def observe(
 
     pointers = _pointers(block, needs)
     first: Tensor | None = None
+    wanted = stream.arguments if needs or dense else stream.arguments[:1]
     with torch.no_grad():
-        for batch, arguments in enumerate(stream.arguments):
+        for batch, arguments in enumerate(wanted):
             hidden = stream.hidden.get(batch, block.device)
             leave = batch > 0 and not dense
             try:
@@ -110,7 +111,8 @@ def observe(
                 stream.hidden.set(batch, output)
     assert first is not None
     stats = {tap: _merge(each) for tap, each in accumulators.items()}
-    _check(block, stats)
+    _check_read(block, stats)
+    _check_finite(block, stats)
     return Seen(stats=stats, dense_output=first)
 
 
@@ -125,6 +127,18 @@ def _pointers(block: Block, needs: Mapping[str, tuple[str, ...]]) -> dict[int, s
     return found
 
 
+def _check_read(block: Block, stats: Mapping[str, Stats]) -> None:
+    """Raise where a tap that every token must pass was never read; an expert's may be."""
+    for tap in block.anatomy.taps:
+        routed = block.anatomy.linears[tap.readers[0]].expert is not None
+        if tap.name in stats and not stats[tap.name].num_tokens and not routed:
+            raise UnsupportedModel(
+                f"tap {tap.name!r} of block {block.index} was never read: this transformers "
+                f"multiplies with {block.prefix}{tap.readers[0]} in a way that is not watched. "
+                "Install the version that constraints.txt names."
+            )
+
+
 def _merge(accumulators: Mapping[str, Any]) -> Stats:
     """Join the statistics of one tap."""
     results = [accumulator.result() for accumulator in accumulators.values()]
@@ -132,7 +146,7 @@ def _merge(accumulators: Mapping[str, Any]) -> Stats:
     return Stats(num_tokens=results[0].num_tokens, values=values)
 
 
-def _check(block: Block, stats: Mapping[str, Stats]) -> None:
+def _check_finite(block: Block, stats: Mapping[str, Stats]) -> None:
     """Raise where a statistic is not finite."""
     for tap, each in stats.items():
         for name, value in each.values.items():

@@ -126,8 +126,8 @@ def same(left: Any, right: Any) -> bool:
 def check_replay(model: Any, blocks: Sequence[nn.Module], seq_len: int) -> None:
     """Check on a miniature model that blocks replayed with recorded arguments equal a forward.
 
-    Batch A is recorded; batch B is replayed with what differs recorded anew, and compared with a
-    normal forward of B.
+    Arguments are recorded anew for every batch, so what differs between batches needs no guess. What
+    a block computes for another one is not seen by blocks patched to identity, and shows here.
 
     Raises:
         UnsupportedModel: they differ; names the argument that a block computes for another block.

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llmprune.base.memory import anonymous_bytes
 from llmprune.base.progress import Progress
-from llmprune.calibration.capture import call
+from llmprune.calibration.replay import call
 from llmprune.engine.plan import Plan
 from llmprune.engine.solving import EMPTY, Cutter, Outcome
 from llmprune.walk.block import Block, Blocks
 from llmprune.walk.forward import Stream, advance, check_activation
-from llmprune.walk.observe import Seen, observe
+from llmprune.walk.observation import Seen, observe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,7 +131,7 @@ def _cut_block(
         shard,
         outcome,
         {
-            "sparsity": removed / weights,
+            "sparsity": removed / weights if weights else 0.0,
             "error": error,
             "sites": outcome.rows,
             "seconds": seconds,

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from llmprune.arch.anatomy import family_of
 from llmprune.arch.miniature import SEQ_LEN
 from llmprune.base.errors import UnsupportedModel
-from llmprune.calibration.capture import (
+from llmprune.calibration.replay import (
     Arguments,
     call,
     capture,

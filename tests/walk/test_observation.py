@@ -12,8 +12,8 @@ from torch import Tensor
 from llmprune.base.errors import NumericalError
 from llmprune.stats.types import Stats
 from llmprune.walk.forward import Stream, advance, embed
-from llmprune.walk.observe import Seen, observe
-from llmprune.walk.resident import Resident, resident
+from llmprune.walk.observation import Seen, observe
+from llmprune.walk.resident import Resident, in_memory
 
 MakeModel = Callable[..., Any]
 
@@ -67,7 +67,7 @@ def test_plain_linears_agree_with_hooks(
     make_model: MakeModel, tokens: Tensor, model_type: str
 ) -> None:
     model = make_model(model_type)
-    with resident(model) as blocks:
+    with in_memory(model) as blocks:
         found = survey(blocks, tokens)
         modules = {
             (index, tap.name): f"{blocks.family.blocks}.{index}."
@@ -89,7 +89,7 @@ def test_experts_agree_with_a_loop_over_routed_tokens(
 ) -> None:
     model = make_model("mixtral")
     top_k = model.config.num_experts_per_tok
-    with resident(model) as blocks:
+    with in_memory(model) as blocks:
         found = survey(blocks, tokens)
         names = [f"model.layers.{index}.mlp.experts" for index in range(2)]
         inputs = inputs_of(model, names, tokens)
@@ -113,7 +113,7 @@ def test_experts_agree_with_a_loop_over_routed_tokens(
 def observe_first(
     model: Any, tokens_NT: Tensor, *, dense: bool, micro_batch: int = 2
 ) -> tuple[Seen, Stream]:
-    with resident(model) as blocks, blocks.open(0) as block:
+    with in_memory(model) as blocks, blocks.open(0) as block:
         flow = embed(blocks, tokens_NT, micro_batch)
         return observe(block, flow, needs_of(blocks, 0), dense=dense), flow
 
@@ -133,7 +133,7 @@ def test_leaving_early_changes_no_statistic(
         assert torch.equal(short.stats[tap]["col_sq"], each["col_sq"])
     assert torch.equal(short.dense_output, full.dense_output)
     assert torch.equal(advanced.hidden.get(0, torch.device("cpu")), full.dense_output)
-    with resident(model) as blocks, blocks.open(0) as block:
+    with in_memory(model) as blocks, blocks.open(0) as block:
         expected = embed(blocks, tokens, 2)
         advance(block, expected)
     for index in range(3):
@@ -142,7 +142,7 @@ def test_leaving_early_changes_no_statistic(
 
 
 def embed_alone(model: Any, tokens_NT: Tensor) -> list[Tensor]:
-    with resident(model) as blocks:
+    with in_memory(model) as blocks:
         flow = embed(blocks, tokens_NT, 2)
     return [flow.hidden.get(index, torch.device("cpu")).clone() for index in range(len(flow))]
 
@@ -181,7 +181,7 @@ def test_an_activation_that_is_not_finite_names_tap_and_block(
     with torch.no_grad():
         weight[3] = value
     words = rf"activation '{tap}' of block 1 .*col_sq"
-    with pytest.raises(NumericalError, match=words), resident(model) as blocks:
+    with pytest.raises(NumericalError, match=words), in_memory(model) as blocks:
         survey(blocks, tokens)
 
 
@@ -191,5 +191,5 @@ def test_an_output_that_is_not_finite_names_its_block(
     model = make_model("llama")
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(NumericalError, match="output of block 0"), resident(model) as blocks:
+    with pytest.raises(NumericalError, match="output of block 0"), in_memory(model) as blocks:
         survey(blocks, tokens)
