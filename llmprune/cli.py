@@ -354,6 +354,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _terminate)
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--quiet" in given or "--json" in given:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = app(args=given, prog_name="llmprune", standalone_mode=False)
         sys.stdout.flush()
@@ -375,8 +377,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 STOPPED = (
-    "stopped. Finished blocks are kept: the same command resumes, --overwrite starts anew, and "
-    "removing the folder that ends in .partial discards them."
+    "stopped. Finished blocks are kept: the same command resumes, and removing the folder that "
+    "ends in .partial discards them."
 )
 
 

@@ -77,21 +77,21 @@ def run_streamed(
     plan, out = opened.plan, Path(str(opened.plan.out))
     records = Records(out=out)
     local = None if opened.source.fetch else opened.source.folder
-    with records.lock(), _memory_errors():
-        finished = not overwrite and _is_result(out)
-        if not finished:
-            check_out(out, local, overwrite=overwrite)
+    finished = not overwrite and _is_result(out)
+    if not finished:
+        check_out(out, local, overwrite=overwrite)
+    with records.lock(), _memory_errors(), _same_threads():
         unfinished = records.run()
         if plan.forward and tokens is None:
             tokens = calibration_tokens(plan, read_tokenizer(opened.source, plan.recipe), progress)
         fixed = what_fixes(opened, tokens)
         if finished:
             _check_same_result(out, fixed)
+            records.tidy()
             progress.note(f"{out} already holds this result; nothing to do")
             return Report.read(out)
-        fresh = unfinished is None or overwrite
-        if unfinished is not None and not overwrite:
-            check_same_run(unfinished, fixed, f"{records.partial} holds the beginning")
+        fresh = unfinished is None or not _may_continue(unfinished, fixed, records, overwrite)
+        if unfinished is not None and not fresh:
             fixed |= {key: unfinished[key] for key in OBEYED}
         else:
             check_free_space(out, plan.estimate.disk_bytes, "the result")
@@ -109,6 +109,23 @@ def run_streamed(
     progress.bind(out / OWN / "events.jsonl")
     progress.event("published", out=str(out))
     return report
+
+
+def _may_continue(
+    unfinished: Mapping[str, Any], fixed: Mapping[str, Any], records: Records, overwrite: bool
+) -> bool:
+    """Tell whether an unfinished run is this one; another one is discarded with `overwrite`.
+
+    Raises:
+        RecipeError: it is another run, and `overwrite` was not given.
+    """
+    try:
+        check_same_run(unfinished, fixed, f"{records.partial} holds the beginning")
+    except RecipeError:
+        if not overwrite:
+            raise
+        return False
+    return True
 
 
 def _carry_out(
@@ -281,6 +298,16 @@ def _check_same_result(out: Path, fixed: Mapping[str, Any]) -> None:
         {key: fixed[key] for key in keys},
         f"{out} holds the result",
     )
+
+
+@contextmanager
+def _same_threads() -> Iterator[None]:
+    """Put torch's number of threads back at the end."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

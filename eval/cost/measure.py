@@ -61,20 +61,20 @@ def command(model: Path, out: Path, args: argparse.Namespace, method: str) -> li
 
 def memory(args: argparse.Namespace) -> None:
     """Peak anonymous pages of the run and its children, for every depth."""
-    libraries = peak_of([sys.executable, "-c", LIBRARIES])
-    print(f"libraries alone: {libraries / 1e6:.0f} MB")
+    libraries, _ = peak_of([sys.executable, "-c", LIBRARIES])
+    print(f"libraries alone: {libraries / 1e6:.0f} MB in each process")
     for blocks in args.blocks:
         with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
             model = checkpoint(folder, args, blocks)
             line = command(model, Path(folder) / "out", args, args.method)
-            plan = json.loads(subprocess.check_output([*line[:3], "plan", *line[3:-1], "--json"]))
-            peak = peak_of(line)
+            plan = json.loads(subprocess.check_output([*line, "--dry-run", "--json"]))
+            peak, over = peak_of(line, libraries)
         estimate = plan["estimate"]["host_peak"]
         largest = largest_part(args, plan)
         print(
             f"{blocks} blocks: peak {peak / 1e6:.0f} MB, plan {estimate / 1e6:.0f} MB "
-            f"(ratio {peak / estimate:.3f}), over libraries {(peak - libraries) / largest:.2f} x "
-            f"the largest part of {largest / 1e6:.0f} MB"
+            f"(ratio {peak / estimate:.3f}), over libraries {over / 1e6:.0f} MB = "
+            f"{over / largest:.2f} x the largest part of {largest / 1e6:.0f} MB"
         )
 
 
@@ -92,16 +92,21 @@ def largest_part(args: argparse.Namespace, plan: dict) -> int:
     return int(max(block, embedding, embedding + hidden))
 
 
-def peak_of(line: list[str]) -> int:
-    """Run a command; return the largest sum of anonymous pages over it and its children."""
+def peak_of(line: list[str], libraries: int = 0) -> tuple[int, int]:
+    """Run a command; return the largest sum of anonymous pages over it and its children.
+
+    The second number is the same sum without the libraries of every process alive at that time.
+    """
     process = subprocess.Popen(line)
-    peak = 0
+    peak = over = 0
     while process.poll() is None:
-        peak = max(peak, sum(map(anonymous, tree(process.pid))))
+        sizes = [anonymous(pid) for pid in tree(process.pid)]
+        peak = max(peak, sum(sizes))
+        over = max(over, sum(max(0, size - libraries) for size in sizes))
         time.sleep(0.01)
     if process.returncode:
         raise SystemExit(f"{' '.join(line)} failed")
-    return peak
+    return peak, over
 
 
 def tree(pid: int) -> list[int]:

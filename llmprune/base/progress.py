@@ -115,8 +115,11 @@ class Progress:
         """Write what waits; while the bound folder is renamed, events wait for a new bind."""
         if self._path is None or not self._path.parent.is_dir():
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in self._waiting)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in self._waiting)
+        except OSError:  # a full disk: what the run itself says about it matters more
+            return
         self._waiting.clear()
 
     def _say(self, text: str) -> None:

@@ -126,7 +126,8 @@ def same(left: Any, right: Any) -> bool:
 def check_replay(model: Any, blocks: Sequence[nn.Module], seq_len: int) -> None:
     """Check on a miniature model that blocks replayed with recorded arguments equal a forward.
 
-    Arguments are recorded anew for every batch, so what differs between batches needs no guess. What
+    Arguments are recorded anew for every batch, so what differs between batches needs no guess.
+    What
     a block computes for another one is not seen by blocks patched to identity, and shows here.
 
     Raises:

@@ -40,11 +40,12 @@ def open_hub(model: str, revision: str | None) -> Source:
             if (cached := _cached(model, revision)) is not None and _is_connection(error):
                 return cached
             raise
-        commit = str(info.sha)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         if "config.json" not in sizes:
             raise no_weights(model, list(sizes), f"the Hub repository {model}")
-        folder = Path(snapshot_download(model, revision=commit, ignore_patterns=list(UNWANTED)))
+        # By revision, not by commit: so the cache learns what the revision means, for work offline.
+        folder = Path(snapshot_download(model, revision=revision, ignore_patterns=list(UNWANTED)))
+        commit = folder.name
         files = _shards(model, folder, sizes)
         entries = _headers(model, commit, files)
     missing = sum(sizes[file] for file in files if not _is_cached(model, commit, file))
@@ -97,7 +98,11 @@ def _cached(model: str, revision: str | None) -> Source | None:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+        folder = Path(
+            snapshot_download(
+                model, revision=revision, ignore_patterns=list(UNWANTED), local_files_only=True
+            )
+        )
         return open_folder(folder, name=model)
     except Exception:  # whatever the cache lacks, the connection error says it better
         return None
@@ -105,11 +110,16 @@ def _cached(model: str, revision: str | None) -> Source | None:
 
 def _is_connection(error: Exception) -> bool:
     """Tell whether an error means that the Hub could not be reached."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     if isinstance(error, HfHubHTTPError):
         return bool(error.response.status_code >= 500)
-    if isinstance(error, OfflineModeIsEnabled | ConnectionError | TimeoutError):
+    known = (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, TimeoutError)
+    if isinstance(error, known):
         return True
     # The client's own HTTP library differs between releases of huggingface_hub; the names do not.
     return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
@@ -120,6 +130,7 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
     """Turn the Hub client's errors into messages that say what to do; tokens are never shown."""
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -148,6 +159,11 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
             f"--model {model}: no such folder, and not a Hub id of the form owner/name."
         ) from None
     except Exception as error:
+        if isinstance(error, HfHubHTTPError) and not _is_connection(error):
+            raise CheckpointError(
+                f"the Hub answered {error.response.status_code} for {model}. Try again later, log "
+                "in with `hf auth login`, or give a local folder."
+            ) from None
         if not _is_connection(error):
             raise
         raise CheckpointError(

@@ -206,8 +206,7 @@ def _check_untouched(written: Source, source: Source, folder: Path) -> int:
     """Check that untouched tensors are bit for bit those of the source; return how many."""
     import torch
 
-    touched = set(read_json(folder / OWN / "run.json").get("touched", []))
-    names = sorted(written.entries.keys() - touched)
+    names = sorted(written.entries.keys() - MaskFiles(folder).touched)
     if strange := written.entries.keys() ^ source.entries.keys():
         raise CheckpointError(
             f"{folder}: tensor {sorted(strange)[0]} is not in both source and result."

@@ -20,7 +20,9 @@ class MaskFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / OWN
         path = self.folder / "masks.json"
-        self.index: dict[str, Any] = read_json(path)["masks"] if path.exists() else {}
+        content = read_json(path) if path.exists() else {}
+        self.index: dict[str, Any] = content.get("masks", {})
+        self.touched: set[str] = set(content.get("touched", ()))
 
     def of_block(self, prefix: str) -> dict[str, Tensor]:
         """Return keep_OI of every masked linear of a block."""

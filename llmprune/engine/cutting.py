@@ -6,8 +6,8 @@ Legend: B sequences of a micro-batch, T tokens, D hidden size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,10 +69,10 @@ def cut(
         progress.note(f"resumed after block {resumed}")
     cutter = plan.cutter()
     found: list[dict[str, Any]] = []
-    with progress.stage("cut", len(blocks)) as stage:
+    with progress.stage("cut", len(blocks)) as stage, _flushed(keeper):
         for index, record in enumerate(records):
-            more = not all(done[index + 1 :])
             if record is None:
+                more = not all(done[index + 1 :])
                 record = _cut_block(plan, cutter, blocks, stream, keeper, index, prior, more)
                 _report(record, progress)
             elif stream is not None and not all(done[index:]):
@@ -84,8 +84,19 @@ def cut(
                 **({"error": record["error"]} if record["error"] is not None else {}),
                 memory=anonymous_bytes(),
             )
-    keeper.flush()
     return found, resumed
+
+
+@contextmanager
+def _flushed(keeper: Keeper) -> Iterator[None]:
+    """Wait for the last record, whatever ends the loop; the first fault is the one told."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            keeper.flush()
+        raise
+    keeper.flush()
 
 
 def _cut_block(
@@ -105,15 +116,15 @@ def _cut_block(
     first = None if stream is None else stream.hidden.get(0, blocks.device).clone()
     with blocks.open(index) as block:
         masks = prior(index)
+        for site in (site for group in plan.groups[index] for site in group.sites):
+            for span in site.spans:
+                block.check_finite(span.linear)
         with _timed(seconds, "observe"):
             if stream is not None:
                 dense = plan.prune.propagate == "dense"
                 seen = observe(block, stream, plan.needs(index), dense=dense)
         with _timed(seconds, "solve"):
             for group in plan.groups[index]:
-                for site in group.sites:
-                    for span in site.spans:
-                        block.check_finite(span.linear)
                 stats = seen.stats[group.tap] if seen else EMPTY
                 cutter.cut(group, block, stats, masks, outcome)
             outcome.carry(masks)

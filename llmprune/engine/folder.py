@@ -13,7 +13,6 @@ from llmprune import __version__
 from llmprune.calibration.text import token_hash
 from llmprune.checkpoint.sink import copy_side_files, shard_name, write_json
 from llmprune.checkpoint.skeleton import build_skeleton, read_config
-from llmprune.checkpoint.source import read_json
 from llmprune.delivery.masks import MaskFiles
 from llmprune.engine.opening import Opened
 from llmprune.engine.records import Records
@@ -101,12 +100,9 @@ def complete(
         for row in rows
         for name, shape in row["masks"].items()
     }
-    write_json(records.own / "masks.json", {"true_means": "kept", "masks": masks})
-    run = read_json(records.own / "run.json")
-    write_json(
-        records.own / "run.json",
-        run | {"touched": sorted(t for row in rows for t in row["touched"])},
-    )
+    touched = sorted(name for row in rows for name in row["touched"])
+    index = {"true_means": "kept", "masks": masks, "touched": touched}
+    write_json(records.own / "masks.json", index)
 
 
 def prior_masks(opened: Opened) -> Callable[[int], Mapping[str, Tensor]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,6 @@ class Records:
 
     def publish(self, *, overwrite: bool) -> None:
         """Give the proven folder its name; an old result is removed only after that."""
-        shutil.rmtree(self.own / "records", ignore_errors=True)
         old = self.out.with_name(self.out.name + ".old")
         if self.out.exists():
             if any(self.out.iterdir()) and not overwrite:
@@ -91,6 +90,11 @@ class Records:
             os.replace(self.out, old)
         os.replace(self.partial, self.out)
         shutil.rmtree(old, ignore_errors=True)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove from a published result what only a resumed run needs."""
+        shutil.rmtree(self.out / OWN / "records", ignore_errors=True)
 
     def discard(self) -> None:
         """Remove everything that the run wrote."""
@@ -106,21 +110,27 @@ class Records:
         from filelock import FileLock, Timeout
 
         path = self.out.with_name(f".{self.out.name}.lock")
+        made = [folder for folder in path.parents if not folder.exists()]
         lock = FileLock(path, timeout=0)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-        except Timeout:
+        except Timeout as error:
+            if not path.exists():
+                raise write_failed(self.out, error) from None
             raise CheckpointError(
                 f"another run is writing {self.out}. Wait for it, or choose another --out."
             ) from None
         except OSError as error:
-            raise write_failed(path.parent, error) from error
+            raise write_failed(self.out, error) from error
         try:
             yield
         finally:
-            lock.release()
             path.unlink(missing_ok=True)
+            lock.release()
+            for folder in made:
+                with suppress(OSError):  # only what is still empty goes
+                    folder.rmdir()
 
     def _record(self, index: int) -> Path:
         return self.own / "records" / f"{index + 1:05d}.json"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.arch.anatomy import Anatomy, anatomy_of
 from llmprune.base.errors import CheckpointError
+from llmprune.base.memory import return_freed
 from llmprune.checkpoint.naming import Naming, naming_of
 from llmprune.checkpoint.skeleton import Skeleton, empty, fill, tie
 from llmprune.checkpoint.source import Source
@@ -17,7 +18,6 @@ from llmprune.walk.block import Block
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,8 @@ class Streamed:
         """Read one block and bring it to the device; it is freed at the end."""
         prefix = self.skeleton.prefix(index)
         module = self.skeleton.blocks[index]
-        params = self._read(self.naming.disk_names(prefix))
         try:
-            fill(module, {name.removeprefix(prefix): value for name, value in params.items()})
+            self._fill(module, self.naming.disk_names(prefix), prefix)
             yield Block(
                 index=index,
                 prefix=prefix,
@@ -63,6 +62,7 @@ class Streamed:
             )
         finally:
             empty(module)
+            return_freed()
 
     @contextmanager
     def trunk(self, *, head: bool) -> Iterator[Any]:
@@ -79,22 +79,22 @@ class Streamed:
         ]
         self._move_buffers()
         try:
-            fill(model, self._read(sorted(self.naming.disk_names_of(names))))
+            self._fill(model, sorted(self.naming.disk_names_of(names)))
             tie(model)
             yield model
         finally:
             empty(model, names)
             tie(model)
+            return_freed()
 
-    def _read(self, disk_names: list[str]) -> dict[str, Tensor]:
-        """Read tensors, convert them to parameters and bring them to device and dtype."""
+    def _fill(self, module: Any, disk_names: list[str], prefix: str = "") -> None:
+        """Read tensors into a module's parameters, one by one in device and dtype."""
         params = self.naming.to_params(self.source.get(disk_names))
-        ready = {}
         for name in list(params):
             value = params.pop(name)
             wanted = self.dtype if value.is_floating_point() else None
-            ready[name] = value.to(device=self.device, dtype=wanted or value.dtype)
-        return ready
+            ready = value.to(device=self.device, dtype=wanted or value.dtype)
+            fill(module, {name.removeprefix(prefix): ready})
 
     def _move_buffers(self) -> None:
         """Bring the (small, real) buffers to the device."""

@@ -96,7 +96,7 @@ def test_a_result_has_exact_zeros_and_is_else_untouched(
         assert int(removed.sum()) == keep.numel() // 2
     one, two = tensors_of(source), tensors_of(out)
     assert one.keys() == two.keys()
-    touched = set(json.loads((out / "llmprune" / "run.json").read_text())["touched"])
+    touched = set(json.loads((out / "llmprune" / "masks.json").read_text())["touched"])
     assert {name for name in one if not same_bits(one[name], two[name])} == touched
     assert all(name.endswith("weight") for name in touched)
     assert (out / "tokenizer.json").exists() and not list(out.parent.glob("out.partial"))
