@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune.base.errors import LlmpruneError, RecipeError, TooLarge
+from llmprune.base.memory import map_large_pieces
 from llmprune.base.progress import Progress
 from llmprune.calibration.text import evaluation_text, read_documents, token_ids, tokenize_windows
 from llmprune.checkpoint.sink import write_json
@@ -30,7 +31,6 @@ from llmprune.engine.plan import Plan, make_plan
 from llmprune.engine.records import OBEYED, OWN, Records, check_out, check_same_run
 from llmprune.engine.solving import Outcome
 from llmprune.evaluation.perplexity import Perplexity, cut_windows, of_blocks
-from llmprune.mask.packed import pack
 from llmprune.report.run import Report, report_data
 from llmprune.walk.forward import Stream, embed
 from llmprune.walk.resident import in_memory
@@ -77,6 +77,7 @@ def run_streamed(
     plan, out = opened.plan, Path(str(opened.plan.out))
     records = Records(out=out)
     local = None if opened.source.fetch else opened.source.folder
+    map_large_pieces()
     finished = not overwrite and _is_result(out)
     if not finished:
         check_out(out, local, overwrite=overwrite)
@@ -240,7 +241,7 @@ class MemoryKeeper:
         self, index: int, shard: Path | None, outcome: Outcome, content: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Keep the masks of a block."""
-        self.masks |= {name: pack(keep) for name, keep in outcome.keeps.items()}
+        self.masks |= {name: mask.bits for name, mask in outcome.masks.items()}
         self.masks |= outcome.kept_units
         return {"block": index, **content}
 

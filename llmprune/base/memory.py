@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_M_MMAP_THRESHOLD = -3  # glibc's number of the option
 BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -19,6 +20,17 @@ def anonymous_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def map_large_pieces() -> None:
+    """Let the allocator map pieces of 4 MB and more on their own, so that they go when freed.
+
+    glibc would raise this limit to 32 MB by itself and keep the gaps that large tensors leave. A
+    setting of the whole process; other C libraries have none and are left alone.
+    """
+    option = getattr(_libc(), "mallopt", None)
+    if option is not None:
+        option(_M_MMAP_THRESHOLD, 4 * 2**20)
 
 
 def return_freed() -> None:

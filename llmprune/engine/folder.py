@@ -64,14 +64,14 @@ class FolderKeeper:
         assert shard is not None
         self.flush()
         name = shard_name(index, len(self.blocks))
-        masks = self.records.write_masks(name, outcome.keeps, outcome.kept_units)
+        masks = self.records.write_masks(name, outcome.masks, outcome.kept_units)
         prefix = self.blocks.source.skeleton.prefix(index)
         params = [prefix + name for name in outcome.touched]
         record = {
             "block": index,
             **content,
             "touched": sorted(self.blocks.source.naming.disk_names_of(params)),
-            "masks": {name: list(keep.shape) for name, keep in outcome.keeps.items()},
+            "masks": {name: list(mask.shape) for name, mask in outcome.masks.items()},
         }
         self._pending = self._thread.submit(self.records.write, index, [shard, masks], record)
         return record

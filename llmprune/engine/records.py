@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from llmprune.base.errors import CheckpointError, RecipeError
 from llmprune.checkpoint.sink import hash_file, settle, write_failed, write_json, write_tensors
 from llmprune.checkpoint.source import read_json
-from llmprune.mask.packed import pack
+from llmprune.mask.packed import PackedMask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,11 +63,11 @@ class Records:
         return record
 
     def write_masks(
-        self, name: str, keeps: Mapping[str, Tensor], units: Mapping[str, Tensor]
+        self, name: str, masks: Mapping[str, PackedMask], units: Mapping[str, Tensor]
     ) -> Path:
         """Write packed masks by linear and kept unit indices by site."""
         path = self.own / name.replace("model-", "masks-")
-        tensors = {linear: pack(keep) for linear, keep in keeps.items()}
+        tensors = {linear: mask.bits for linear, mask in masks.items()}
         kept_units = {site: kept.cpu() for site, kept in units.items()}
         write_tensors(path, tensors | kept_units, settled=False)
         return path

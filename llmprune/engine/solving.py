@@ -15,7 +15,9 @@ from llmprune.arch.types import Site
 from llmprune.catalog import Method
 from llmprune.engine.sites import Group
 from llmprune.mask.apply import zero_out
+from llmprune.mask.packed import PackedMask, pack
 from llmprune.mask.pattern import Channels, Pattern, choose_keep, pool
+from llmprune.mask.pieces import PIECE
 from llmprune.mask.rank import keep_highest
 from llmprune.score import SCORES
 from llmprune.solver import SOLVERS
@@ -35,13 +37,18 @@ class Outcome:
     """What became of a block: rows for the report, masks by linear, kept units by site."""
 
     rows: list[dict[str, object]] = field(default_factory=list)
-    keeps: dict[str, Tensor] = field(default_factory=dict)
+    masks: dict[str, PackedMask] = field(default_factory=dict)
     kept_units: dict[str, Tensor] = field(default_factory=dict)
     touched: set[str] = field(default_factory=set)
 
+    def keep(self, linear: str, keep_OI: Tensor) -> None:
+        """Keep the mask of a linear, packed: eight masks of a block take the room of one."""
+        self.masks[linear] = PackedMask(pack(keep_OI), tuple(keep_OI.shape))
+
     def carry(self, prior: Mapping[str, Tensor]) -> None:
         """Keep the masks of an earlier pruning where this one decided nothing."""
-        self.keeps = dict(prior) | self.keeps
+        for linear in prior.keys() - self.masks.keys():
+            self.keep(linear, prior[linear])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +104,7 @@ class Cutter:
         ):
             if solved.weight_OI is not weights[site.name]:
                 weights[site.name].copy_(solved.weight_OI)
-            outcome.keeps[site.name] = solved.keep_OI
+            outcome.keep(site.name, solved.keep_OI)
             outcome.touched |= block.params_of({site.spans[0].linear})
             removed = site.num_units - int(solved.keep_OI.count_nonzero())
             outcome.rows.append(_row(site, removed, stats, fallback, errors[site.name]))
@@ -125,7 +132,7 @@ class Cutter:
             for span in site.spans:
                 if (earlier := prior.get(block.prefix + span.linear)) is not None:
                     dim = 0 if span.axis == "out" else 1
-                    outcome.keeps[block.prefix + span.linear] = earlier.index_select(dim, kept)
+                    outcome.keep(block.prefix + span.linear, earlier.index_select(dim, kept))
         else:
             for span in site.spans:
                 weight_OI = block.weight(span.linear)
@@ -134,7 +141,7 @@ class Cutter:
                 zero_out(weight_OI, keep_OI)
                 earlier = prior.get(block.prefix + span.linear)
                 keep_OI = keep_OI if earlier is None else keep_OI & earlier.to(keep_OI.device)
-                outcome.keeps[block.prefix + span.linear] = keep_OI
+                outcome.keep(block.prefix + span.linear, keep_OI)
                 outcome.touched |= block.params_of({span.linear})
         outcome.rows.append(_row(site, count, stats, fallback, None))
 
@@ -164,7 +171,8 @@ def _diagonal_error(weight_OI: Tensor, keep_OI: Tensor, stats: Stats) -> float |
         return None
     removed = total = 0.0
     col_sq_I = stats["col_sq"].to(weight_OI.device, torch.float32)
-    for weight, keep in zip(weight_OI.split(1024), keep_OI.split(1024), strict=True):
+    rows = max(1, PIECE // weight_OI.shape[1])
+    for weight, keep in zip(weight_OI.split(rows), keep_OI.split(rows), strict=True):
         energy_OI = weight.float().square().mul_(col_sq_I)
         total += float(energy_OI.sum(dtype=torch.float64))
         removed += float(energy_OI.mul_(~keep).sum(dtype=torch.float64))

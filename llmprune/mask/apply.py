@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmprune.mask.pieces import PIECE, in_pieces
+
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -27,4 +29,9 @@ def zero_out(weight_OI: Tensor, keep_OI: Tensor) -> None:
         weight_OI.masked_fill_(~keep_OI, 0)
         return
     bits_OI = weight_OI.detach().view(_BITS[weight_OI.itemsize]).numpy()
-    np.multiply(bits_OI, keep_OI.numpy(), out=bits_OI)
+    keep = keep_OI.numpy()
+
+    def work(rows: slice) -> None:
+        np.multiply(bits_OI[rows], keep[rows], out=bits_OI[rows])
+
+    in_pieces(work, len(bits_OI), max(1, PIECE // max(1, bits_OI.shape[1])))

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class PackedMask(NamedTuple):
+    """A mask as bits, with the shape that they unpack to."""
+
+    bits: Tensor
+    shape: tuple[int, ...]
 
 
 def pack(keep: Tensor) -> Tensor:

@@ -8,19 +8,16 @@ without NaN and sensible counts; `rank` checks both. Legend: G groups, N scores 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-T = TypeVar("T")
+from llmprune.mask.pieces import PIECE, in_pieces
+
 Scores = NDArray[np.floating[Any]]
 Keep = NDArray[np.bool_]
 
-_PIECE = 2**20  # scores handled at a time: enough work for a thread, yet near the cache
 _SAMPLE = 2**16
 _SIGMAS = 5  # a bracket misses about once in a million vectors, which then costs one partition
 
@@ -32,7 +29,7 @@ def keep_rows(score_GN: Scores, prune_G: NDArray[np.int64]) -> Keep:
     def work(part: slice) -> None:
         _keep_some_rows(score_GN[part], prune_G[part], keep_GN[part])
 
-    _in_pieces(work, len(score_GN), max(1, _PIECE // score_GN.shape[1]))
+    in_pieces(work, len(score_GN), max(1, PIECE // score_GN.shape[1]))
     return keep_GN
 
 
@@ -62,11 +59,11 @@ def keep_flat(score_N: Scores, num_pruned: int) -> Keep:
     def work(part: slice) -> int:
         return int(np.count_nonzero(np.greater(score_N[part], threshold, out=keep_N[part])))
 
-    excess = len(score_N) - sum(_in_pieces(work, len(score_N), _PIECE)) - num_pruned
-    for start in reversed(range(0, len(score_N), _PIECE)):
+    excess = len(score_N) - sum(in_pieces(work, len(score_N), PIECE)) - num_pruned
+    for start in reversed(range(0, len(score_N), PIECE)):
         if excess == 0:
             break
-        tied = np.flatnonzero(score_N[start : start + _PIECE] == threshold)[-excess:]
+        tied = np.flatnonzero(score_N[start : start + PIECE] == threshold)[-excess:]
         keep_N[start + tied] = True
         excess -= len(tied)
     return keep_N
@@ -74,7 +71,7 @@ def keep_flat(score_N: Scores, num_pruned: int) -> Keep:
 
 def _kth_lowest(score_N: Scores, rank: int) -> float:
     """Return the score of 1-based rank: bracketed by a sample, exact among what lies between."""
-    if len(score_N) > 2 * _PIECE:
+    if len(score_N) > 2 * PIECE:
         found = _kth_between(score_N, rank, *_bracket(score_N, rank))
         if found is not None:
             return found
@@ -106,7 +103,7 @@ def _kth_between(score_N: Scores, rank: int, low: float, high: float) -> float |
         inside &= piece < high
         return len(piece) - num_above, piece[np.flatnonzero(inside)]
 
-    pieces = _in_pieces(census, len(score_N), _PIECE)
+    pieces = in_pieces(census, len(score_N), PIECE)
     among = rank - sum(count for count, _ in pieces)
     inside = np.concatenate([piece for _, piece in pieces])
     if 0 < among <= len(inside):
@@ -121,7 +118,7 @@ def _count(score_N: Scores, compare: np.ufunc, bound: float) -> int:
     def work(part: slice) -> int:
         return int(np.count_nonzero(compare(score_N[part], bound)))
 
-    return sum(_in_pieces(work, len(score_N), _PIECE))
+    return sum(in_pieces(work, len(score_N), PIECE))
 
 
 def keep_n_of_m(score_GM: Scores, n: int) -> Keep:
@@ -139,15 +136,5 @@ def keep_n_of_m(score_GM: Scores, n: int) -> Keep:
             wins_MG[:-apart] -= later_wins
         np.greater_equal(wins_MG.T, m - n, out=keep_GM[part])
 
-    _in_pieces(work, num_groups, _PIECE // (4 * m))
+    in_pieces(work, num_groups, PIECE // (4 * m))
     return keep_GM
-
-
-def _in_pieces(work: Callable[[slice], T], length: int, size: int) -> list[T]:
-    """Run `work` on consecutive slices, on torch's number of threads; results in order."""
-    parts = [slice(start, min(start + size, length)) for start in range(0, length, size)]
-    num_threads = min(torch.get_num_threads(), len(parts))
-    if num_threads < 2:
-        return [work(part) for part in parts]
-    with ThreadPoolExecutor(num_threads) as pool:
-        return list(pool.map(work, parts))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.checkpoint.sink import shard_name, write_index, write_tensors
-from llmprune.checkpoint.skeleton import Skeleton
+from llmprune.checkpoint.skeleton import Skeleton, empty
 from llmprune.checkpoint.source import Entry, Source, read_header
 from llmprune.walk.block import Block
 from llmprune.walk.streamed import Streamed, stream
@@ -65,14 +65,18 @@ class Rewriting:
             yield model
 
     def commit(self, block: Block, touched: set[str]) -> Path:
-        """Write a block: touched parameters from the module (stored dtype), others as they were."""
+        """Write a block: touched parameters from the module (stored dtype), others as they were.
+
+        The module gives each parameter up once it is converted, so that the block is held once.
+        """
         source, naming = self.source.source, self.source.naming
-        names = naming.disk_names(block.prefix)
-        changed = {block.prefix + name: block.module.get_parameter(name).data for name in touched}
-        converted = naming.to_disk(changed)
-        shard: dict[str, Tensor] = source.get(sorted(set(names) - converted.keys()))
-        for name, value in converted.items():
-            shard[name] = self._stored_form(value, source.entries[name])
+        shard: dict[str, Tensor] = {}
+        for name in sorted(touched):
+            param = {block.prefix + name: block.module.get_parameter(name).data}
+            for disk, value in naming.to_disk(param).items():
+                shard[disk] = self._stored_form(value, source.entries[disk])
+            empty(block.module, [name])
+        shard |= source.get(sorted(set(naming.disk_names(block.prefix)) - shard.keys()))
         path = self.out / shard_name(block.index, len(self))
         write_tensors(path, shard, settled=False)
         return path
