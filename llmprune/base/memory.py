@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+LARGE_PIECE = 4 * 2**20
 _M_MMAP_THRESHOLD = -3  # glibc's number of the option
 BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -30,7 +31,7 @@ def map_large_pieces() -> None:
     """
     option = getattr(_libc(), "mallopt", None)
     if option is not None:
-        option(_M_MMAP_THRESHOLD, 4 * 2**20)
+        option(_M_MMAP_THRESHOLD, LARGE_PIECE)
 
 
 def return_freed() -> None:

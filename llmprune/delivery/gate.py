@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.base.errors import CheckpointError, WontLoad
+from llmprune.base.memory import LARGE_PIECE
 from llmprune.checkpoint.sink import write_json, write_tensors
 from llmprune.checkpoint.skeleton import build_skeleton, read_config
 from llmprune.checkpoint.source import Source, open_folder, read_json
@@ -144,7 +145,11 @@ def _load_stock(
         "trust_remote_code": trust_remote_code,
     }
     write_json(scratch / "job.json", job)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={LARGE_PIECE}",  # see map_large_pieces
+    }
     process = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("stock.py")), str(scratch / "job.json")],
         capture_output=True,

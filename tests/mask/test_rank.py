@@ -70,7 +70,7 @@ LONG = 15 * PIECE + 1001
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make vectors of this size long ones."""
-    monkeypatch.setattr(rank_cpu, "_PIECE", PIECE)
+    monkeypatch.setattr(rank_cpu, "PIECE", PIECE)
 
 
 def long_vectors() -> dict[str, Tensor]:
