@@ -37,10 +37,15 @@ def miniature_model(config: Any, family: Family, *, seed: int = 0) -> Any:
     """Return a random float32 model of `miniature_config`, in evaluation mode, on the CPU."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
-            miniature_config(config, family), dtype=torch.float32
-        )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # about rope scaling, which a small context cannot fit
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            small = miniature_config(config, family)
+            model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+    finally:
+        logging.set_verbosity(verbosity)
     return model.eval()

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from llmprune.recipe import Recipe
 
-LIBRARIES = 450_000_000  # anonymous pages of torch, transformers and datasets after import
-GATE_LIBRARIES = 320_000_000  # the fresh process of the gate, without datasets
+LIBRARIES = 340_000_000  # anonymous pages of torch, transformers and datasets after import
+GATE_LIBRARIES = 330_000_000  # the fresh process of the gate, without datasets
 ACTIVATIONS = 64_000_000  # a micro-batch may always use this much
 DEVICE_TOKENS = 16384  # a micro-batch on an accelerator holds no more tokens
 WEIGHT_RATE = 0.3e9  # bytes per second that a weight-only cut reads, masks, hashes and writes
@@ -38,6 +38,7 @@ class Shape:
     exit_params: int
     hidden_size: int
     widest: int
+    eager_heads: int
     vocab_size: int
     stored_bytes: int
     largest_shard: int
@@ -78,15 +79,19 @@ def estimate(
     Raises:
         TooLarge: it does not fit the memory that there is, or that --max-memory allows.
     """
+    import torch
+
     host_budget, device_budget = budgets(recipe, device)
     on_host = device.type in ("cpu", "mps")
     per_token = (8 * shape.hidden_size + 4 * shape.widest) * itemsize
+    per_token += 3 * shape.eager_heads * seq_len * itemsize
     micro = micro_batch(shape, per_token, seq_len, num_samples, itemsize, device_budget, on_host)
     micro = micro if forward else 1
     hidden = num_samples * seq_len * shape.hidden_size * itemsize if forward else 0
     activations = micro * seq_len * per_token if forward else 0
     block = shape.block_params * itemsize
-    deciding = shape.largest_linear * (4 + 4 + 2)  # score, its copy for the k-th value, masks
+    at_once = min(torch.get_num_threads() * shape.largest_linear, shape.block_params)
+    deciding = at_once * (4 + 4 + 2)  # score, its copy for the k-th value, masks
     working = max(
         block + max(activations, deciding + shape.largest_shard),
         (shape.entrance_params * itemsize if forward else 0) + activations,
@@ -94,7 +99,8 @@ def estimate(
     )
     place: Place = "device" if not on_host and working + hidden < device_budget else "host"
     base = max(LIBRARIES, anonymous_bytes())
-    gate = base + GATE_LIBRARIES + 2 * max(shape.exit_params, shape.block_params) * 4
+    alone = 2 * max(shape.exit_params, shape.largest_linear) * 4  # one module at a time, and a copy
+    gate = base + max(shape.block_params * 4 + activations, GATE_LIBRARIES + alone)
     fixed = base + (working if on_host else shape.largest_shard + deciding)
     if place == "host" and fixed + hidden > host_budget:
         place = "disk"

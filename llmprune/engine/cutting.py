@@ -6,15 +6,19 @@ Legend: B sequences of a micro-batch, T tokens, D hidden size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 from llmprune.base.memory import anonymous_bytes
 from llmprune.base.progress import Progress
 from llmprune.calibration.replay import call
 from llmprune.engine.plan import Plan
+from llmprune.engine.sites import Group
 from llmprune.engine.solving import EMPTY, Cutter, Outcome
 from llmprune.walk.block import Block, Blocks
 from llmprune.walk.forward import Stream, advance, check_activation
@@ -124,9 +128,8 @@ def _cut_block(
                 dense = plan.prune.propagate == "dense"
                 seen = observe(block, stream, plan.needs(index), dense=dense)
         with _timed(seconds, "solve"):
-            for group in plan.groups[index]:
-                stats = seen.stats[group.tap] if seen else EMPTY
-                cutter.cut(group, block, stats, masks, outcome)
+            for part in _solve(cutter, block, plan.groups[index], seen, masks):
+                outcome.merge(part)
             outcome.carry(masks)
         with _timed(seconds, "write"):
             shard = blocks.commit(block, outcome.touched)
@@ -151,6 +154,27 @@ def _cut_block(
     )
 
 
+def _solve(
+    cutter: Cutter, block: Block, groups: Sequence[Group], seen: Seen | None, prior: Prior
+) -> list[Outcome]:
+    """Cut the groups of a block; on the host one per thread, since they share no weight."""
+
+    def work(group: Group) -> Outcome:
+        return cutter.cut(group, block, seen.stats[group.tap] if seen else EMPTY, prior)
+
+    num_threads = torch.get_num_threads() if block.device.type == "cpu" else 1
+    if min(num_threads, len(groups)) < 2:
+        return [work(group) for group in groups]
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(num_threads) as pool:
+            largest_first = sorted(groups, key=lambda group: -group.num_weights)
+            jobs = {group.tap: pool.submit(work, group) for group in largest_first}
+            return [jobs[group.tap].result() for group in groups]
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def _advance(
     plan: Plan,
     blocks: Target,
@@ -161,8 +185,6 @@ def _advance(
     more: bool,
 ) -> float:
     """Advance the hidden states; return the relative output error on the first micro-batch."""
-    import torch
-
     with torch.no_grad(), blocks.stored(index) as stored:
         pruned = call(stored.module, first_BTD, stream.arguments[0][index])
         check_activation(pruned, f"output of pruned block {index}")

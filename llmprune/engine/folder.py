@@ -13,7 +13,8 @@ from llmprune import __version__
 from llmprune.calibration.text import token_hash
 from llmprune.checkpoint.sink import copy_side_files, shard_name, write_json
 from llmprune.checkpoint.skeleton import build_skeleton, read_config
-from llmprune.delivery.masks import MaskFiles
+from llmprune.checkpoint.source import read_json
+from llmprune.delivery.masks import OWN, MaskFiles
 from llmprune.engine.opening import Opened
 from llmprune.engine.records import Records
 from llmprune.engine.solving import Outcome
@@ -122,14 +123,17 @@ def what_fixes(opened: Opened, tokens: Tensor | None) -> dict[str, Any]:
     wish = plan.recipe.to_dict()
     for key in ("out", "max_memory"):
         wish.pop(key)
+    source = {
+        "name": opened.source.name,
+        "revision": opened.source.revision,
+        "fingerprint": opened.source.fingerprint(),
+    }
+    earlier = opened.source.folder / OWN / "run.json"
     return {
         "llmprune": __version__,
         "recipe": wish,
-        "source": {
-            "name": opened.source.name,
-            "revision": opened.source.revision,
-            "fingerprint": opened.source.fingerprint(),
-        },
+        "source": source,
+        "origin": read_json(earlier).get("origin", source) if earlier.exists() else source,
         "unused": list(opened.blocks.unused),
         "tokens": None if tokens is None else token_hash(tokens),
         "micro_batch": plan.estimate.micro_batch,

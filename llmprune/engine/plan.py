@@ -168,7 +168,7 @@ def make_plan(
     seq_len = sequence_length(recipe, config)
     forward = bool(cut_needs)
     removed = sum(counts[site.name] * site.unit_cost for site in sites)
-    shape = _shape(anatomies, stored_bytes, storage_itemsize)
+    shape = _shape(anatomies, config, stored_bytes, storage_itemsize)
     itemsize = torch.empty((), dtype=dtype).element_size() if forward else storage_itemsize
     wants = next((s.evaluate for s in recipe.steps if s.evaluate is not None), None)
     windows = min(EVAL_WINDOWS, wants.num_windows) if wants and may_evaluate else 0
@@ -327,7 +327,7 @@ def _num_params(anatomies: Anatomies) -> int:
     return blocks + sum(_count(shape) for shape in anatomies.trunk.values())
 
 
-def _shape(anatomies: Anatomies, stored_bytes: int, storage_itemsize: int) -> Shape:
+def _shape(anatomies: Anatomies, config: Any, stored_bytes: int, storage_itemsize: int) -> Shape:
     """Return the sizes that decide cost, from the largest block."""
     sizes = [sum(_count(shape) for shape in shapes.values()) for shapes in anatomies.shapes]
     linears = [
@@ -339,6 +339,8 @@ def _shape(anatomies: Anatomies, stored_bytes: int, storage_itemsize: int) -> Sh
     embeddings = [_count(shape) for shape in anatomies.trunk.values()]
     reader = first[anatomies.blocks[0].taps[0].readers[0]]
     widths = [max(linear.shape) for linear in first.values()]
+    text = config.get_text_config()
+    eager = getattr(config, "_attn_implementation", None) == "eager"  # holds scores of all pairs
     vocab = max((shape[0] for shape in anatomies.trunk.values() if len(shape) == 2), default=1)
     return Shape(
         num_blocks=len(sizes),
@@ -349,6 +351,7 @@ def _shape(anatomies: Anatomies, stored_bytes: int, storage_itemsize: int) -> Sh
         exit_params=max(embeddings, default=0),
         hidden_size=reader.shape[1],
         widest=max(widths),
+        eager_heads=text.num_attention_heads if eager else 0,
         vocab_size=vocab,
         stored_bytes=stored_bytes,
         largest_shard=max([*sizes]) * storage_itemsize,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.base.progress import human_bytes, human_count, human_seconds
 from llmprune.base.text import columns, named_lines, ranges
+from llmprune.engine.cost import LIBRARIES
 
 if TYPE_CHECKING:
     from llmprune.engine.plan import Plan
@@ -44,7 +45,7 @@ def _method(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     host, device = plan.estimate.host_peak, plan.estimate.device_peak
-    return f"{human_bytes(host)} on the host, of which the libraries take about half a gigabyte" + (
+    return f"{human_bytes(host)} on the host, {human_bytes(LIBRARIES)} of them the libraries" + (
         f"; {human_bytes(device)} on {plan.device}" if device else ""
     )
 

@@ -41,6 +41,13 @@ class Outcome:
     kept_units: dict[str, Tensor] = field(default_factory=dict)
     touched: set[str] = field(default_factory=set)
 
+    def merge(self, other: Outcome) -> None:
+        """Add what became of another group."""
+        self.rows += other.rows
+        self.masks |= other.masks
+        self.kept_units |= other.kept_units
+        self.touched |= other.touched
+
     def keep(self, linear: str, keep_OI: Tensor) -> None:
         """Keep the mask of a linear, packed: eight masks of a block take the room of one."""
         self.masks[linear] = PackedMask(pack(keep_OI), tuple(keep_OI.shape))
@@ -67,13 +74,14 @@ class Cutter:
         block: Block,
         stats: Stats,
         prior: Mapping[str, Tensor],
-        outcome: Outcome,
-    ) -> None:
+    ) -> Outcome:
         """Decide and carry out one group; `prior` is the keep_OI of earlier prunings by linear."""
+        outcome = Outcome()
         if group.coupling is None:
             self._cut_weights(group, block, stats, prior, outcome)
         else:
             self._cut_units(group, block, stats, prior, outcome)
+        return outcome
 
     def _cut_weights(
         self,

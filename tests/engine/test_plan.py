@@ -221,7 +221,8 @@ def test_hidden_states_go_to_disk_when_memory_is_short(make: MakePlan) -> None:
 
 SHAPE = Shape(
     num_blocks=2, block_params=10**6, linear_params=10**6, largest_linear=10**5,
-    entrance_params=10, exit_params=10, hidden_size=100, widest=400, vocab_size=64,
+    entrance_params=10, exit_params=10, hidden_size=100, widest=400, eager_heads=0,
+    vocab_size=64,
     stored_bytes=10**7, largest_shard=10**7,
 )  # fmt: skip
 

@@ -439,3 +439,20 @@ def test_a_row_for_every_site(pico: Pico, prune: Prune) -> None:
     assert report.sparsity == removed / sum(row["weights"] for row in rows)
     assert all(0 < block["error"] < 2 for block in report.data["blocks"])
     assert all(name in report.table() for name in (row["site"] for row in rows))
+
+
+def test_a_result_of_a_result_names_the_first_model(
+    pico: Pico, text_file: Path, tmp_path: Path
+) -> None:
+    source = pico("llama")
+    for number, model in enumerate((source, tmp_path / "out-0")):
+        api.prune(
+            str(model),
+            method="magnitude",
+            sparsity=0.2 + 0.2 * number,
+            out=tmp_path / f"out-{number}",
+            quiet=True,
+        )
+    run = json.loads((tmp_path / "out-1" / "llmprune" / "run.json").read_text())
+    assert run["source"]["name"] == str(tmp_path / "out-0")
+    assert run["origin"]["name"] == str(source)
