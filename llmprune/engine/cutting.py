@@ -6,9 +6,9 @@ Legend: B sequences of a micro-batch, T tokens, D hidden size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +18,6 @@ from llmprune.base.memory import anonymous_bytes
 from llmprune.base.progress import Progress
 from llmprune.calibration.replay import call
 from llmprune.engine.plan import Plan
-from llmprune.engine.sites import Group
 from llmprune.engine.solving import EMPTY, Cutter, Outcome
 from llmprune.walk.block import Block, Blocks
 from llmprune.walk.forward import Stream, advance, check_activation
@@ -36,7 +35,9 @@ class Target(Blocks, Protocol):
 
     def stored(self, index: int) -> AbstractContextManager[Block]: ...
 
-    def commit(self, block: Block, touched: set[str]) -> Path | None: ...
+    def commit(
+        self, block: Block, touched: set[str], redo: Callable[[Block], None] | None = None
+    ) -> Path | None: ...
 
 
 class Keeper(Protocol):
@@ -128,11 +129,13 @@ def _cut_block(
                 dense = plan.prune.propagate == "dense"
                 seen = observe(block, stream, plan.needs(index), dense=dense)
         with _timed(seconds, "solve"):
-            for part in _solve(cutter, block, plan.groups[index], seen, masks):
-                outcome.merge(part)
+            for group in plan.groups[index]:
+                stats = seen.stats[group.tap] if seen else EMPTY
+                cutter.cut(group, block, stats, masks, outcome)
             outcome.carry(masks)
         with _timed(seconds, "write"):
-            shard = blocks.commit(block, outcome.touched)
+            redo = None if cutter.updates else partial(cutter.redo, outcome=outcome)
+            shard = blocks.commit(block, outcome.touched, redo)
     peak = anonymous_bytes()
     error = None
     with _timed(seconds, "advance"):
@@ -152,27 +155,6 @@ def _cut_block(
             "memory": max(peak, anonymous_bytes()),
         },
     )
-
-
-def _solve(
-    cutter: Cutter, block: Block, groups: Sequence[Group], seen: Seen | None, prior: Prior
-) -> list[Outcome]:
-    """Cut the groups of a block; on the host one per thread, since they share no weight."""
-
-    def work(group: Group) -> Outcome:
-        return cutter.cut(group, block, seen.stats[group.tap] if seen else EMPTY, prior)
-
-    num_threads = torch.get_num_threads() if block.device.type == "cpu" else 1
-    if min(num_threads, len(groups)) < 2:
-        return [work(group) for group in groups]
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(num_threads) as pool:
-            largest_first = sorted(groups, key=lambda group: -group.num_weights)
-            jobs = {group.tap: pool.submit(work, group) for group in largest_first}
-            return [jobs[group.tap].result() for group in groups]
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def _advance(

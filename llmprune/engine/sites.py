@@ -23,11 +23,6 @@ class Group:
     sites: tuple[Site, ...]
     coupling: Coupling | None = None
 
-    @property
-    def num_weights(self) -> int:
-        """Return the number of weights that the sites cover."""
-        return sum(site.num_weights for site in self.sites)
-
 
 def is_skipped(linear: str, prefix: str, skip: Sequence[str]) -> bool:
     """Tell whether a glob names a linear, by its full name or relative to its block."""

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from llmprune.arch.types import Site
+from llmprune.arch.types import Coupling, Site
 from llmprune.catalog import Method
 from llmprune.engine.sites import Group
 from llmprune.mask.apply import zero_out
-from llmprune.mask.packed import PackedMask, pack
+from llmprune.mask.packed import PackedMask, pack, unpack
 from llmprune.mask.pattern import Channels, Pattern, choose_keep, pool
 from llmprune.mask.pieces import PIECE
 from llmprune.mask.rank import keep_highest
@@ -39,14 +39,8 @@ class Outcome:
     rows: list[dict[str, object]] = field(default_factory=list)
     masks: dict[str, PackedMask] = field(default_factory=dict)
     kept_units: dict[str, Tensor] = field(default_factory=dict)
+    cut_out: list[tuple[Coupling, Tensor]] = field(default_factory=list)
     touched: set[str] = field(default_factory=set)
-
-    def merge(self, other: Outcome) -> None:
-        """Add what became of another group."""
-        self.rows += other.rows
-        self.masks |= other.masks
-        self.kept_units |= other.kept_units
-        self.touched |= other.touched
 
     def keep(self, linear: str, keep_OI: Tensor) -> None:
         """Keep the mask of a linear, packed: eight masks of a block take the room of one."""
@@ -74,14 +68,27 @@ class Cutter:
         block: Block,
         stats: Stats,
         prior: Mapping[str, Tensor],
-    ) -> Outcome:
+        outcome: Outcome,
+    ) -> None:
         """Decide and carry out one group; `prior` is the keep_OI of earlier prunings by linear."""
-        outcome = Outcome()
         if group.coupling is None:
             self._cut_weights(group, block, stats, prior, outcome)
         else:
             self._cut_units(group, block, stats, prior, outcome)
-        return outcome
+
+    @property
+    def updates(self) -> bool:
+        """Tell whether weights that stay may change."""
+        return SOLVERS[self.method.solver].updates
+
+    def redo(self, block: Block, outcome: Outcome) -> None:
+        """Carry the same decisions out on another copy of the block, without deciding again."""
+        for coupling, kept in outcome.cut_out:
+            block.shrink(coupling, kept)
+        if not outcome.cut_out:
+            for linear, mask in outcome.masks.items():
+                weight_OI = block.weight(linear.removeprefix(block.prefix))
+                zero_out(weight_OI, unpack(mask.bits, mask.shape).to(weight_OI.device))
 
     def _cut_weights(
         self,
@@ -137,6 +144,7 @@ class Cutter:
         outcome.kept_units[site.name] = kept.to(torch.int32)
         if self.shrink:
             outcome.touched |= block.shrink(group.coupling, kept)
+            outcome.cut_out.append((group.coupling, kept))
             for span in site.spans:
                 if (earlier := prior.get(block.prefix + span.linear)) is not None:
                     dim = 0 if span.axis == "out" else 1
@@ -182,8 +190,8 @@ def _diagonal_error(weight_OI: Tensor, keep_OI: Tensor, stats: Stats) -> float |
     rows = max(1, PIECE // weight_OI.shape[1])
     for weight, keep in zip(weight_OI.split(rows), keep_OI.split(rows), strict=True):
         energy_OI = weight.float().square().mul_(col_sq_I)
-        total += float(energy_OI.sum(dtype=torch.float64))
-        removed += float(energy_OI.mul_(~keep).sum(dtype=torch.float64))
+        total += float(energy_OI.sum())
+        removed += float(energy_OI.mul_(~keep).sum())
     return (removed / total) ** 0.5 if total else 0.0
 
 

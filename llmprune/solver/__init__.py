@@ -7,5 +7,6 @@ from llmprune.solver.types import Solver
 from llmprune.solver.zero import zero_pruned
 
 SOLVERS: Registry[Solver] = Registry(
-    "solver", {"zero": Solver(fn=zero_pruned, needs=(), paper="every paper's baseline")}
+    "solver",
+    {"zero": Solver(fn=zero_pruned, needs=(), updates=False, paper="every paper's baseline")},
 )

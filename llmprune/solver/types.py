@@ -30,11 +30,12 @@ class Solver:
     """One row of the table of solvers.
 
     `fn(weights, stats, chooses)` takes mappings by linear and returns one `Solved` for each;
-    `needs` names the statistics it reads.
+    `needs` names the statistics it reads, and `updates` says whether weights that stay may change.
     """
 
     fn: Callable[
         [Mapping[str, Tensor], Mapping[str, Stats], Mapping[str, Choose]], dict[str, Solved]
     ]
     needs: tuple[str, ...]
+    updates: bool
     paper: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,7 +58,9 @@ class Resident:
         """Yield the model, whose trunk is in place."""
         yield self.model
 
-    def commit(self, block: Block, touched: set[str]) -> None:
+    def commit(
+        self, block: Block, touched: set[str], redo: Callable[[Block], None] | None = None
+    ) -> None:
         """Keep the block; its parameters were edited in place."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,8 +64,24 @@ class Rewriting:
         with self.source.trunk(head=head) as model:
             yield model
 
-    def commit(self, block: Block, touched: set[str]) -> Path:
-        """Write a block: touched parameters from the module (stored dtype), others as they were.
+    def commit(
+        self, block: Block, touched: set[str], redo: Callable[[Block], None] | None = None
+    ) -> Path:
+        """Write a block: what was decided, on the bits that the source stores.
+
+        Where the block was computed with in another dtype than it is stored in, the decisions are
+        carried out again on the stored values (`redo`), so that a kept weight keeps its bits.
+        Solvers that update weights have no `redo`: what the module holds is written.
+        """
+        if redo is None or self.source.dtype is None:
+            return self._write(block, touched)
+        empty(block.module)
+        with self.source.stored_form().open(block.index) as plain:
+            redo(plain)
+            return self._write(plain, touched)
+
+    def _write(self, block: Block, touched: set[str]) -> Path:
+        """Write touched parameters from the module, others as they are in the source.
 
         The module gives each parameter up once it is converted, so that the block is held once.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmprune.arch.anatomy import Anatomy, anatomy_of
@@ -45,6 +45,12 @@ class Streamed:
     def anatomy(self, index: int) -> Anatomy:
         """Return the linears and taps of a block; reads nothing."""
         return anatomy_of(self.skeleton.family, self.skeleton.shapes(index))
+
+    def stored_form(self) -> Streamed:
+        """Return the same blocks on the host in the dtype that each tensor is stored in."""
+        import torch
+
+        return replace(self, device=torch.device("cpu"), dtype=None)
 
     @contextmanager
     def open(self, index: int) -> Iterator[Block]:

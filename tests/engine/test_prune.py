@@ -456,3 +456,38 @@ def test_a_result_of_a_result_names_the_first_model(
     run = json.loads((tmp_path / "out-1" / "llmprune" / "run.json").read_text())
     assert run["source"]["name"] == str(tmp_path / "out-0")
     assert run["origin"]["name"] == str(source)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "ffn-channels"])
+@pytest.mark.parametrize("stored, computed", [("float32", "bfloat16"), ("bfloat16", "float16")])
+def test_a_kept_weight_keeps_its_bits_in_whatever_dtype_is_computed(
+    stored: str, computed: str, pattern: str, make_model: Any, text_file: Path, tmp_path: Path
+) -> None:
+    model = make_model("llama").to(getattr(torch, stored))
+    model.save_pretrained(tmp_path / "model")
+    tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+    api.prune(
+        str(tmp_path / "model"),
+        sparsity=0.3,
+        pattern=pattern,
+        calib=tokens,
+        out=tmp_path / "out",
+        quiet=True,
+        dtype=computed,
+        settings=["evaluate.perplexity=false"],
+    )
+    before = load_file(tmp_path / "model" / SINGLE)
+    after = {
+        name: value
+        for shard in (tmp_path / "out").glob("*.safetensors")
+        for name, value in load_file(shard).items()
+    }
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert after[name].dtype == getattr(torch, stored)
+    if pattern == "unstructured":
+        kept = after[name] != 0
+        assert torch.equal(after[name][kept], before[name][kept])
+        assert 0.69 < float(kept.float().mean()) < 0.71
+    else:
+        columns = {tuple(column.tolist()) for column in before[name].T}
+        assert {tuple(column.tolist()) for column in after[name].T} < columns
