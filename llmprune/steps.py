@@ -16,7 +16,7 @@ from llmprune.base.memory import map_large_pieces
 from llmprune.base.progress import Progress
 from llmprune.calibration.text import evaluation_text, read_documents, token_ids, tokenize_windows
 from llmprune.checkpoint.sink import write_json
-from llmprune.checkpoint.source import check_free_space, read_json
+from llmprune.checkpoint.source import check_free_space, open_folder, read_json
 from llmprune.delivery.gate import clean_scratch, pass_gate
 from llmprune.engine.cutting import cut
 from llmprune.engine.folder import (
@@ -27,7 +27,7 @@ from llmprune.engine.folder import (
     what_fixes,
 )
 from llmprune.engine.opening import Opened, anatomies_of, read_tokenizer
-from llmprune.engine.plan import Plan, make_plan
+from llmprune.engine.plan import Plan, make_plan, max_seq_len
 from llmprune.engine.records import OBEYED, OWN, Records, check_out, check_same_run
 from llmprune.engine.solving import Outcome
 from llmprune.evaluation.perplexity import Perplexity, cut_windows, of_blocks
@@ -54,7 +54,9 @@ def calibration_tokens(
             "a better result: --calib FILE."
         )
     tokens, notice = tokenize_windows(
-        texts or read_documents(wish.data, seed=plan.recipe.seed, column=wish.column),
+        read_documents(wish.data, seed=plan.recipe.seed, column=wish.column)
+        if texts is None
+        else texts,
         tokenizer,
         num_samples=wish.num_samples,
         seq_len=plan.seq_len,
@@ -71,40 +73,45 @@ def run_streamed(
 ) -> Report:
     """Carry out a plan: cut, prove, evaluate, publish; or continue where an earlier run stopped.
 
+    With `overwrite` an existing result is replaced, and an unfinished run is not continued.
+
     Raises:
         LlmpruneError: nothing is published, and the source is as it was.
     """
     plan, out = opened.plan, Path(str(opened.plan.out))
     records = Records(out=out)
-    local = None if opened.source.fetch else opened.source.folder
+    unfinished = None if overwrite else records.run()
+    overwrite = overwrite or records.replaces
     map_large_pieces()
     finished = not overwrite and _is_result(out)
     if not finished:
-        check_out(out, local, overwrite=overwrite)
+        check_out(out, opened.source.folder, overwrite=overwrite)
     with records.lock(), _memory_errors(), _same_threads():
-        unfinished = records.run()
         if plan.forward and tokens is None:
             tokens = calibration_tokens(plan, read_tokenizer(opened.source, plan.recipe), progress)
+        if plan.forward and tokens is not None:
+            check_tokens(tokens, opened.blocks.model.config)
         fixed = what_fixes(opened, tokens)
         if finished:
             _check_same_result(out, fixed)
             records.tidy()
             progress.note(f"{out} already holds this result; nothing to do")
             return Report.read(out)
-        fresh = unfinished is None or not _may_continue(unfinished, fixed, records, overwrite)
-        if unfinished is not None and not fresh:
+        windows = evaluation_windows(opened, progress)
+        if unfinished is not None:
+            check_same_run(unfinished, fixed, f"{records.partial} holds the beginning")
             fixed |= {key: unfinished[key] for key in OBEYED}
         else:
             check_free_space(out, plan.estimate.disk_bytes, "the result")
             records.discard()
         try:
-            if fresh:
-                records.begin(fixed)
+            if unfinished is None:
+                records.begin(fixed, replaces=overwrite)
             progress.bind(records.own / "events.jsonl")
-            report = _carry_out(opened, records, fixed, tokens, progress)
+            report = _carry_out(opened, records, fixed, tokens, windows, progress)
             records.publish(overwrite=overwrite)
         except LlmpruneError:
-            if fresh and not (records.own / "records").exists():
+            if unfinished is None and not records.any_whole():
                 records.discard()
             raise
     progress.bind(out / OWN / "events.jsonl")
@@ -112,21 +119,30 @@ def run_streamed(
     return report
 
 
-def _may_continue(
-    unfinished: Mapping[str, Any], fixed: Mapping[str, Any], records: Records, overwrite: bool
-) -> bool:
-    """Tell whether an unfinished run is this one; another one is discarded with `overwrite`.
+def check_tokens(tokens_NT: Tensor, config: Any) -> None:
+    """Check token ids that did not come from the model's own tokenizer, or may not have.
 
     Raises:
-        RecipeError: it is another run, and `overwrite` was not given.
+        RecipeError: not (N, T) whole numbers of the vocabulary, or longer than the model takes.
     """
-    try:
-        check_same_run(unfinished, fixed, f"{records.partial} holds the beginning")
-    except RecipeError:
-        if not overwrite:
-            raise
-        return False
-    return True
+    text = config.get_text_config()
+    if tokens_NT.ndim != 2 or tokens_NT.is_floating_point() or not tokens_NT.numel():
+        raise RecipeError(
+            f"calibration: token ids of shape {tuple(tokens_NT.shape)}, {tokens_NT.dtype}. "
+            "Give whole numbers of shape (sequences, tokens)."
+        )
+    low, high = int(tokens_NT.min()), int(tokens_NT.max())
+    if low < 0 or high >= text.vocab_size:
+        raise RecipeError(
+            f"calibration: token ids from {low} to {high}, but the model's vocabulary has "
+            f"{text.vocab_size}. Use the tokenizer that belongs to this model."
+        )
+    most = max_seq_len(config)
+    if most and tokens_NT.shape[1] > most:
+        raise RecipeError(
+            f"calibration: sequences of {tokens_NT.shape[1]} tokens, where this model takes "
+            f"{most}. Cut them."
+        )
 
 
 def _carry_out(
@@ -134,6 +150,7 @@ def _carry_out(
     records: Records,
     fixed: Mapping[str, Any],
     tokens: Tensor | None,
+    windows: Tensor | None,
     progress: Progress,
 ) -> Report:
     """Cut, finish, prove and evaluate in the partial folder; return the report."""
@@ -166,9 +183,9 @@ def _carry_out(
         )
         stage.advance("loads in a fresh process")
     quality = None
-    if plan.eval_windows:
+    if windows is not None:
         with _stage(seconds, "evaluate"):
-            quality = _evaluate(opened, blocks, records, progress)
+            quality = _evaluate(opened, blocks, windows, progress)
     report = Report(
         report_data(
             plan, rows, fixed=fixed, resumed_after=resumed, seconds=seconds, progress=progress
@@ -217,6 +234,7 @@ def run_resident(
                         "tokenizer=..., or token ids (N, T) as calib=..."
                     )
                 tokens = calibration_tokens(plan, tokenizer, progress, texts=texts)
+            check_tokens(tokens, model.config)
             flow = embed(blocks, tokens, plan.estimate.micro_batch, place=plan.estimate.place)
         keeper = MemoryKeeper()
         with _stage(seconds, "cut"):
@@ -249,32 +267,56 @@ class MemoryKeeper:
         """Wait for nothing: all is in memory."""
 
 
-def _evaluate(
-    opened: Opened, blocks: Rewriting, records: Records, progress: Progress
-) -> dict[str, Any]:
-    """Return dense and pruned perplexity of the same windows."""
+def evaluation_windows(opened: Opened, progress: Progress) -> Tensor | None:
+    """Return the windows that perplexity will be measured on, before anything is cut.
+
+    Raises:
+        LlmpruneError: there is no tokenizer or no text, and the recipe insists on perplexity.
+    """
     plan = opened.plan
-    wish = next(step.evaluate for step in plan.recipe.steps if step.evaluate is not None)
-    tokenizer = read_tokenizer(opened.source, plan.recipe)
-    ids = token_ids(
-        evaluation_text(wish.data), tokenizer, limit=plan.eval_windows * plan.seq_len + 1
-    )
-    windows = cut_windows(ids, plan.seq_len, num_windows=plan.eval_windows)
+    wish = plan.recipe.evaluate
+    if wish is None or not plan.eval_windows:
+        return None
+    try:
+        tokenizer = read_tokenizer(opened.source, plan.recipe)
+        limit = plan.eval_windows * plan.seq_len + 1
+        ids = token_ids(evaluation_text(wish.data), tokenizer, limit=limit)
+        windows = cut_windows(ids, plan.seq_len, num_windows=plan.eval_windows)
+        check_tokens(windows, opened.blocks.model.config)
+    except LlmpruneError as error:
+        if wish.perplexity is True:
+            raise
+        progress.warn(f"perplexity is not measured: {error}")
+        return None
+    return windows
+
+
+def _evaluate(
+    opened: Opened, blocks: Rewriting, windows_NT: Tensor, progress: Progress
+) -> dict[str, Any] | None:
+    """Return dense and pruned perplexity of the same windows; a failure costs no proven result."""
+    plan = opened.plan
+    assert plan.recipe.evaluate is not None
     found = {}
     with progress.stage("perplexity", 2) as stage:
-        for name, side in (
-            ("dense", replace(opened.blocks, dtype=plan.dtype)),
-            ("pruned", replace(blocks.result, dtype=plan.dtype)),
-        ):
-            value, count = of_blocks(side, windows, micro_batch=plan.estimate.micro_batch)
+        for name, side in (("dense", opened.blocks), ("pruned", blocks.result)):
+            try:
+                value, count = of_blocks(
+                    replace(side, dtype=plan.dtype),
+                    windows_NT,
+                    micro_batch=plan.estimate.micro_batch,
+                )
+            except LlmpruneError as error:
+                progress.warn(f"perplexity is not measured: {error}")
+                return None
             found[name] = asdict(
                 Perplexity(
                     value=value,
-                    num_windows=len(windows),
+                    num_windows=len(windows_NT),
                     seq_len=plan.seq_len,
                     num_predicted=count,
                     bos=False,
-                    data=wish.data,
+                    data=plan.recipe.evaluate.data,
                 )
             )
             stage.advance(name, perplexity=value)
@@ -287,11 +329,13 @@ def _is_result(out: Path) -> bool:
 
 
 def _check_same_result(out: Path, fixed: Mapping[str, Any]) -> None:
-    """Check that a finished result is what is asked for.
+    """Check that a finished result is whole, and what is asked for.
 
     Raises:
+        CheckpointError: a shard is missing or damaged.
         RecipeError: it is the result of another recipe, source or calibration.
     """
+    open_folder(out)
     before = read_json(out / OWN / "run.json")
     keys = ("recipe", "source", "tokens")
     check_same_run(

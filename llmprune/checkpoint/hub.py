@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def _cached(model: str, revision: str | None) -> Source | None:
                 model, revision=revision, ignore_patterns=list(UNWANTED), local_files_only=True
             )
         )
-        return open_folder(folder, name=model)
+        return replace(open_folder(folder, name=model), revision=folder.name)
     except Exception:  # whatever the cache lacks, the connection error says it better
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -121,21 +122,23 @@ def write_index(
     write_json(folder / INDEX, data)
 
 
-def copy_side_files(source: Path, out: Path, *, skip: frozenset[str] = frozenset()) -> list[str]:
-    """Copy tokenizer, templates, licence and other small files; weights and pickles stay behind."""
-    import shutil
+HEAVY = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz"),
+    *(".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot", ".index.json"),
+)
+TEMPLATES = "additional_chat_templates"
 
-    unwanted = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-    copied = []
-    for path in sorted(source.iterdir()):
-        name = path.name
-        if name in skip or name == INDEX or name.startswith(".") or not path.is_file():
+
+def copy_side_files(source: Path, out: Path) -> None:
+    """Copy tokenizer, templates, licence and other small files; weights and pickles stay behind."""
+    files = [*source.iterdir(), *(source / TEMPLATES).glob("*")]
+    for path in sorted(files):
+        if not path.is_file() or path.name.startswith(".") or path.name.endswith(HEAVY):
             continue
-        if name.endswith(unwanted) or name.endswith(".index.json"):
-            continue
+        target = out / path.relative_to(source)
         try:
-            shutil.copyfile(path, out / name)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+            settle(target)
         except OSError as error:
-            raise write_failed(out / name, error) from error
-        copied.append(name)
-    return copied
+            raise write_failed(target, error) from error

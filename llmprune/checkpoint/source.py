@@ -92,7 +92,7 @@ class Source:
         return read_json(self.folder / "config.json")
 
     def fingerprint(self) -> str:
-        """Return a hash of config, headers and 64 evenly spaced pages of every local shard.
+        """Return a hash of config, headers, and 64 pages, size and time of every local shard.
 
         Hub sources are identified by commit, which fixes their bytes.
         """
@@ -100,13 +100,13 @@ class Source:
         for name in sorted(self.entries):
             entry = self.entries[name]
             digest.update(f"{name} {entry.file} {entry.dtype} {entry.shape}".encode())
-        if self.fetch:
+        if self.revision:
             digest.update(f"{self.name}@{self.revision}".encode())
             return digest.hexdigest()
         for file in sorted({entry.file for entry in self.entries.values()}):
             path = self.folder / file
             size = path.stat().st_size
-            digest.update(str(size).encode())
+            digest.update(f"{size} {path.stat().st_mtime_ns}".encode())
             with path.open("rb") as handle:
                 for page in range(64):
                     handle.seek(max(0, size - 4096) * page // 63)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmprune.checkpoint.sink import hash_file
 from llmprune.checkpoint.source import read_json
 from llmprune.mask.packed import unpack
 
@@ -23,6 +25,13 @@ class MaskFiles:
         content = read_json(path) if path.exists() else {}
         self.index: dict[str, Any] = content.get("masks", {})
         self.touched: set[str] = set(content.get("touched", ()))
+
+    def fingerprint(self) -> str | None:
+        """Return a hash of all masks; None where there are none."""
+        if not self.index:
+            return None
+        files = sorted(self.folder.glob("masks*"))
+        return hashlib.sha256("".join(map(hash_file, files)).encode()).hexdigest()
 
     def of_block(self, prefix: str) -> dict[str, Tensor]:
         """Return keep_OI of every masked linear of a block."""

@@ -114,24 +114,31 @@ def prior_masks(opened: Opened) -> Callable[[int], Mapping[str, Tensor]]:
     return lambda index: masks.of_block(opened.blocks.skeleton.prefix(index))
 
 
+FREE = ("out", "max_memory")  # where the result lies and what may be used decide no byte
+
+
 def what_fixes(opened: Opened, tokens: Tensor | None) -> dict[str, Any]:
     """Return what fixes the bytes of a run, for its folder."""
     import safetensors
     import transformers
 
     plan = opened.plan
-    wish = plan.recipe.to_dict()
-    for key in ("out", "max_memory"):
-        wish.pop(key)
+    wish = {key: value for key, value in plan.recipe.to_dict().items() if key not in FREE}
+    asked: dict[str, Any] = {"steps": [{"prune": plan.prune.model_dump(mode="json")}]}
+    if plan.forward:
+        asked |= {key: wish[key] for key in ("calibration", "seed")}
     source = {
         "name": opened.source.name,
+        "folder": str(opened.source.folder.resolve()),
         "revision": opened.source.revision,
         "fingerprint": opened.source.fingerprint(),
+        "masks": MaskFiles(opened.source.folder).fingerprint(),
     }
     earlier = opened.source.folder / OWN / "run.json"
     return {
         "llmprune": __version__,
-        "recipe": wish,
+        "recipe": asked,
+        "wish": wish,
         "source": source,
         "origin": read_json(earlier).get("origin", source) if earlier.exists() else source,
         "unused": list(opened.blocks.unused),
@@ -140,6 +147,7 @@ def what_fixes(opened: Opened, tokens: Tensor | None) -> dict[str, Any]:
         "place": plan.estimate.place,
         "threads": torch.get_num_threads(),
         "device": plan.device.type,
+        "processor": processor(plan.device),
         "dtype": plan.dtype_name,
         "attention": opened.blocks.model.config._attn_implementation,
         "experts": "eager",
@@ -150,3 +158,11 @@ def what_fixes(opened: Opened, tokens: Tensor | None) -> dict[str, Any]:
             "safetensors": safetensors.__version__,
         },
     }
+
+
+def processor(device: torch.device) -> str:
+    """Return what decides how sums are rounded: the device's name and its precision settings."""
+    if device.type == "cuda":
+        precise = "TF32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
+        return f"{torch.cuda.get_device_name(device)}, {precise} products"
+    return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"

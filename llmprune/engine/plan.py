@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from llmprune.recipe.models import PruneStep
 
 MAX_SEQ_LEN = 2048
-EVAL_WINDOWS = 16
 EVAL_SHARE = 0.25
 
 
@@ -170,8 +169,8 @@ def make_plan(
     removed = sum(counts[site.name] * site.unit_cost for site in sites)
     shape = _shape(anatomies, config, stored_bytes, storage_itemsize)
     itemsize = torch.empty((), dtype=dtype).element_size() if forward else storage_itemsize
-    wants = next((s.evaluate for s in recipe.steps if s.evaluate is not None), None)
-    windows = min(EVAL_WINDOWS, wants.num_windows) if wants and may_evaluate else 0
+    wants = recipe.evaluate if may_evaluate else None
+    windows = wants.num_windows if wants else 0
     cost = estimate(
         shape,
         recipe=recipe,
@@ -261,14 +260,20 @@ def allocate(
     )
 
 
+def max_seq_len(config: Any) -> int | None:
+    """Return the longest sequence that a model takes, where its config says so."""
+    text = config.get_text_config()
+    found: int | None = getattr(text, "max_position_embeddings", None)
+    return found or getattr(text, "n_positions", None)
+
+
 def sequence_length(recipe: Recipe, config: Any) -> int:
     """Return the tokens per sequence: asked, or 2048 and no more than the model takes.
 
     Raises:
         RecipeError: longer than the model's maximum.
     """
-    text = config.get_text_config()
-    most = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    most = max_seq_len(config)
     asked = recipe.calibration.seq_len
     if asked is None:
         return min(MAX_SEQ_LEN, most or MAX_SEQ_LEN)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 OWN = "llmprune"
 OBEYED = ("micro_batch", "threads", "place")
+TOLD = ("wish", "origin", "unused", "source.name", "source.revision", "source.folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +47,22 @@ class Records:
         path = self.own / "run.json"
         return read_json(path) if path.exists() else None
 
-    def begin(self, run: Mapping[str, Any]) -> None:
+    @property
+    def replaces(self) -> bool:
+        """Tell whether the unfinished run was allowed to replace an existing result."""
+        return (self.own / "records" / "replaces").exists()
+
+    def begin(self, run: Mapping[str, Any], *, replaces: bool) -> None:
         """Make the folder and write what fixes the run."""
         self.own.mkdir(parents=True, exist_ok=True)
+        if replaces:
+            (self.own / "records").mkdir(exist_ok=True)
+            (self.own / "records" / "replaces").touch()
         write_json(self.own / "run.json", run)
+
+    def any_whole(self) -> bool:
+        """Tell whether any block has a record."""
+        return any((self.own / "records").glob("*.json"))
 
     def whole(self, index: int) -> dict[str, Any] | None:
         """Return a block's record if its shard and masks are what was recorded."""
@@ -81,15 +94,18 @@ class Records:
         write_json(self._record(index), record)
 
     def publish(self, *, overwrite: bool) -> None:
-        """Give the proven folder its name; an old result is removed only after that."""
-        old = self.out.with_name(self.out.name + ".old")
+        """Give the proven folder its name; what it replaces is removed only after that."""
+        aside = self.out.with_name(f".{self.out.name}.replaced-{os.getpid()}")
         if self.out.exists():
-            if any(self.out.iterdir()) and not overwrite:
+            if not any(self.out.iterdir()):
+                self.out.rmdir()
+            elif overwrite:
+                os.replace(self.out, aside)
+            else:
                 raise CheckpointError(f"{self.out} appeared meanwhile and is not empty; rename it.")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(self.out, old)
         os.replace(self.partial, self.out)
-        shutil.rmtree(old, ignore_errors=True)
+        settle(self.out.parent)
+        shutil.rmtree(aside, ignore_errors=True)
         self.tidy()
 
     def tidy(self) -> None:
@@ -142,19 +158,27 @@ def check_out(out: Path, source: Path | None, *, overwrite: bool) -> None:
     Raises:
         RecipeError: it is the source, lies in it, is a file, or holds something already.
     """
-    resolved = out.resolve()
-    if source is not None:
-        home = source.resolve()
-        if resolved == home or home in resolved.parents or resolved in home.parents:
+    partial = out.with_name(out.name + ".partial")
+    home = source.resolve() if source is not None else None
+    for folder in (out, partial):
+        target = folder.resolve()
+        if home and (target == home or home in target.parents or target in home.parents):
             raise RecipeError(
-                f"out: {out} is (or contains, or lies in) the source {source}, which is never "
+                f"out: {folder} is (or contains, or lies in) the source {source}, which is never "
                 "changed. Choose another folder with --out."
             )
     if out.is_file():
         raise RecipeError(f"out: {out} is a file. Choose a folder with --out.")
+    if out.exists() and out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise RecipeError(f"out: {out} holds the working directory. Choose a folder below it.")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise RecipeError(
             f"out: {out} is not empty. Choose another folder with --out, or add --overwrite."
+        )
+    if partial.exists() and not (partial / OWN / "run.json").exists() and any(partial.iterdir()):
+        raise RecipeError(
+            f"out: {partial}, where this run would work, holds something else. Rename it, or "
+            "choose another folder with --out."
         )
 
 
@@ -168,7 +192,7 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], holder: str) 
     differing = [
         f"{key}: {before.get(key)!r} then, {after.get(key)!r} now"
         for key in sorted(before.keys() | after.keys())
-        if key.split(".")[0] not in OBEYED and before.get(key) != after.get(key)
+        if not key.startswith((*OBEYED, *TOLD)) and before.get(key) != after.get(key)
     ]
     if differing:
         raise RecipeError(

@@ -207,6 +207,12 @@ class Recipe(_Part):
                 f"steps {positions[0]} and {positions[1]} both prune; one per run is supported. "
                 "Put the second into a recipe of its own, whose `model` is the first one's `out`."
             )
+        others = [index for index, step in enumerate(steps) if step.evaluate]
+        if len(others) > 1 or (others and others[0] < positions[0]):
+            raise ValueError(
+                f"step {others[0]} evaluates; one step after the pruning may. Measure "
+                "anything else with `llmprune eval`."
+            )
         return steps
 
     @classmethod
@@ -223,6 +229,11 @@ class Recipe(_Part):
     def prune(self) -> PruneStep:
         """The one step that prunes."""
         return next(step.prune for step in self.steps if step.prune is not None)
+
+    @property
+    def evaluate(self) -> EvaluateStep | None:
+        """The step that evaluates, if there is one."""
+        return next((step.evaluate for step in self.steps if step.evaluate is not None), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, defaults included, from which ``build`` makes an equal recipe."""

@@ -132,8 +132,11 @@ def test_small_files_travel_and_weights_and_code_of_others_do_not(tmp_path: Path
     out.mkdir()
     kept = ["LICENSE", "chat_template.jinja", "config.json", "tokenizer.json", "tokenizer.model"]
     left = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", ".hidden",
-            "pytorch_model.bin.index.json", "x.gguf", "flax_model.msgpack"]  # fmt: skip
+            "pytorch_model.bin.index.json", "x.gguf", "x.pkl", "flax_model.msgpack"]  # fmt: skip
     for name in kept + left:
         (source / name).write_text(name)
-    assert copy_side_files(source, out) == sorted(kept)
-    assert sorted(path.name for path in out.iterdir()) == sorted(kept)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    copy_side_files(source, out)
+    assert (out / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
+    assert sorted(path.name for path in out.iterdir() if path.is_file()) == sorted(kept)

@@ -619,3 +619,25 @@ def test_sigterm_stops_as_ctrl_c_does(arguments: list[object], tmp_path: Path) -
     assert json.loads(out.splitlines()[-1])["code"] == 130
     assert (tmp_path / "out.partial").is_dir()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_replacing_run_is_continued_by_the_plain_command(
+    arguments: list[object], expected: Expected, tmp_path: Path
+) -> None:
+    assert in_child(tmp_path, arguments).code == 0
+    other = ["--method", "magnitude", *arguments]
+    killed = in_child(tmp_path, [*other, "--overwrite"], lambda: STAGES["solve"].install(9))
+    assert killed.killed
+    last = in_child(tmp_path, other)
+    assert last.code == 0, last.output
+    assert contents(tmp_path / "out") == expected(other)
+
+
+@pytest.mark.parametrize("name", ["out.partial", "out.old"])
+def test_folders_of_the_user_beside_the_result_are_left_alone(
+    name: str, arguments: list[object], tmp_path: Path
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "notes.txt").write_text("mine")
+    assert in_child(tmp_path, arguments).code == (2 if name == "out.partial" else 0)
+    assert (tmp_path / name / "notes.txt").read_text() == "mine"
