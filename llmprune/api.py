@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from llmprune.base.progress import Progress
 from llmprune.calibration.text import evaluation_text, token_ids
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.sink import write_json
-from llmprune.checkpoint.source import read_json
+from llmprune.checkpoint.source import Source, open_folder, read_json
 from llmprune.delivery.gate import Verdict, pass_gate
 from llmprune.engine.opening import (
     choose_device,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from llmprune.engine.plan import Plan
 
-Text = str | Sequence[str]
+Text = str | PathLike[str] | Iterable[str]
 
 
 def make_recipe(
@@ -91,7 +92,7 @@ def run(
 
 
 def prune(
-    model: str | PreTrainedModel,
+    model: str | PathLike[str] | PreTrainedModel,
     *,
     sparsity: float | None = None,
     method: str = "wanda",
@@ -115,7 +116,7 @@ def prune(
         method: a row of `llmprune methods`.
         pattern: "unstructured", "N:M" (keep N of every M) or "ffn-channels".
         out: the folder to write; named for model, method and sparsity when absent.
-        calib: "demo", a file, a list of texts, or token ids (N, T) int64.
+        calib: "demo", a file, texts, or token ids (N, T) int64.
         tokenizer: for a model in memory, unless `calib` holds token ids.
         num_samples: calibration sequences. seq_len: tokens in each; min(2048, the model's maximum).
         settings: further `key=value` overrides of the recipe, such as "prune.skip=['*down_proj']".
@@ -124,16 +125,20 @@ def prune(
         LlmpruneError: the wish cannot be met; says why. Source and model are as they were, except a
             model in memory when the fault comes in the middle.
     """
-    tokens = calib if isinstance(calib, torch.Tensor) else None
-    if tokens is not None:
+    data, texts, tokens = _calibration(calib)
+    if tokens is not None and tokens.ndim == 2:
         num_samples, seq_len = tokens.shape
+    if isinstance(model, str | PathLike):
+        name = str(model)
+    else:
+        name = getattr(model.config, "_name_or_path", "") or "a model in memory"
     recipe = make_recipe(
-        model if isinstance(model, str) else (model.config._name_or_path or "a model in memory"),
+        name,
         sparsity=sparsity,
         method=method,
         pattern=pattern,
         out=out,
-        calib=calib if isinstance(calib, str) else None,
+        calib=data,
         num_samples=num_samples,
         seq_len=seq_len,
         settings=settings,
@@ -141,18 +146,36 @@ def prune(
         **others,
     )
     progress = Progress("quiet" if quiet else "rich")
-    if isinstance(model, str):
+    if isinstance(model, str | PathLike):
         opened = open_plan(recipe)
-        if tokens is None and calib is not None and not isinstance(calib, str):
-            tokenizer = read_tokenizer(opened.source, recipe)
-            tokens = calibration_tokens(opened.plan, tokenizer, progress, texts=list(calib))
+        if texts is not None:
+            tokenizer = tokenizer or read_tokenizer(opened.source, recipe)
+            tokens = calibration_tokens(opened.plan, tokenizer, progress, texts=texts)
         return run_streamed(opened, progress, tokens=tokens, overwrite=overwrite)
     if out is not None:
         raise RecipeError(
             "out: a model in memory is pruned in place. Save it with model.save_pretrained(DIR)."
         )
-    texts = calib if isinstance(calib, (list, tuple)) else None
     return run_resident(model, recipe, progress, tokens=tokens, tokenizer=tokenizer, texts=texts)
+
+
+def _calibration(calib: Any) -> tuple[str | None, list[str] | None, Tensor | None]:
+    """Tell apart what calibration may be: a name or path, texts, or token ids.
+
+    Raises:
+        RecipeError: it is none of these.
+    """
+    if calib is None or isinstance(calib, str | PathLike):
+        return None if calib is None else str(calib), None, None
+    if isinstance(calib, torch.Tensor):
+        return None, None, calib
+    texts = list(calib) if isinstance(calib, Iterable) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise RecipeError(
+            f"calib: {type(calib).__name__} holds no texts. Give 'demo', a file, texts (at least "
+            "one str), or token ids as a tensor (sequences, tokens)."
+        )
+    return None, texts, None
 
 
 def gate(folder: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> Verdict:
@@ -164,19 +187,29 @@ def gate(folder: str | Path, *, dtype: str = "float32", trust_remote_code: bool 
         WontLoad, CheckpointError: it does not; says what differs.
     """
     path = Path(folder)
-    recorded = path / "llmprune" / "run.json"
-    source = None
-    if recorded.exists():
-        name = read_json(recorded)["source"]["name"]
-        if name == "demo" or Path(name).is_dir():
-            source = open_source(name)
     return pass_gate(
         path,
         device=torch.device("cpu"),
         dtype=getattr(torch, dtype),
-        source=source,
+        source=_recorded_source(path),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _recorded_source(folder: Path) -> Source | None:
+    """Return the source of a result, where it still lies and is what it was."""
+    path = folder / "llmprune" / "run.json"
+    if not path.exists():
+        return None
+    recorded = read_json(path).get("source", {})
+    home = Path(recorded.get("folder", ""))
+    if recorded.get("name") == "demo":
+        source = open_source("demo")
+    elif recorded.get("folder") and (home / "config.json").exists():
+        source = open_folder(home)
+    else:
+        return None
+    return source if source.fingerprint() == recorded.get("fingerprint") else None
 
 
 def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto") -> Any:
@@ -188,6 +221,8 @@ def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto") -> An
     from transformers import AutoModelForCausalLM
 
     source = open_source(str(folder))
+    for file in sorted({entry.file for entry in source.entries.values()}):
+        source.path(file)  # fetched where the source is on the Hub
     model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype)
     return model.to(choose_device(device)).eval()
 
@@ -203,6 +238,8 @@ def perplexity(
     micro_batch: int = 1,
     device: str = "auto",
     dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Perplexity:
     """Measure perplexity by the papers' protocol: non-overlapping windows of one joined text.
 
@@ -219,10 +256,19 @@ def perplexity(
     """
     from llmprune.engine.plan import sequence_length
 
-    streamed = isinstance(model, (str, Path))
-    recipe = make_recipe(str(model) if streamed else "in memory", sparsity=0.5, seq_len=seq_len)
+    if num_windows is not None and num_windows < 1:
+        raise RecipeError(f"num_windows: {num_windows} windows measure nothing. Ask for 1 or more.")
+    streamed = isinstance(model, str | PathLike)
+    name = str(model) if streamed else "in memory"
+    recipe = make_recipe(
+        name,
+        sparsity=0.5,
+        seq_len=seq_len,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     if streamed:
-        source = open_source(str(model))
+        source = open_source(str(model), revision=revision)
         tokenizer = tokenizer or read_tokenizer(source, recipe)
         where = choose_device(device)
         kind = choose_dtype(dtype, storage_dtype(source), where)
@@ -254,7 +300,7 @@ def perplexity(
 def store_perplexity(folder: str | Path, found: Perplexity) -> bool:
     """Append a measurement to the folder of a result; other models are left as they are."""
     path = Path(folder) / "llmprune" / "evaluations.json"
-    if not (path.parent / "report.json").exists():
+    if str(folder) == "demo" or not (path.parent / "report.json").exists():
         return False
     before = read_json(path)["perplexity"] if path.exists() else []
     write_json(path, {"perplexity": [*before, asdict(found)]})

@@ -249,6 +249,8 @@ def evaluate(
     bos: Annotated[bool, Option("--bos", help="Begin every window with BOS.")] = False,
     device: Annotated[str, Option(help="cuda, mps or cpu.")] = "auto",
     dtype: Annotated[str, Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    revision: Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")] = None,
+    trust_remote_code: Annotated[bool, Option("--trust-remote-code")] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure perplexity by the papers' protocol, streaming the model from disk."""
@@ -264,6 +266,8 @@ def evaluate(
         bos=bos,
         device=device,
         dtype="auto" if dtype == "auto" else _dtype(dtype),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
     )
     api.store_perplexity(model, found)
     print(json.dumps(asdict(found)) if as_json else f"perplexity {found}")

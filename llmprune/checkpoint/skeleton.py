@@ -166,3 +166,19 @@ def tie(model: Any) -> None:
     for name, original in tied.items():
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._parameters[leaf] = model.get_parameter(original)
+
+
+def untie(model: Any, stored: set[str]) -> None:
+    """Part tied parameters of which the checkpoint stores both, as transformers does on load."""
+    import torch
+
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    for name, original in list(tied.items()):
+        if name in stored and original in stored:
+            del tied[name]
+            owner, _, leaf = name.rpartition(".")
+            own = torch.nn.Parameter(
+                torch.empty_like(model.get_parameter(original)), requires_grad=False
+            )
+            model.get_submodule(owner)._parameters[leaf] = own
+    model.all_tied_weights_keys = tied

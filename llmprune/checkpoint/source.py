@@ -277,7 +277,9 @@ def no_weights(name: str, present: list[str], where: str) -> CheckpointError:
 
 
 def _no_config(folder: Path) -> CheckpointError:
-    """Return the error for a folder without config.json."""
+    """Return the error for a folder without config.json, or that is none."""
+    if not folder.is_dir():
+        return CheckpointError(f"{folder} is no folder. Give the folder of a model.")
     present = sorted(path.name for path in folder.iterdir())
     if not present:
         return CheckpointError(

@@ -5,11 +5,12 @@ All sizes are bytes; the model is described by shapes alone.
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmprune.base.errors import TooLarge
+from llmprune.base.errors import RecipeError, TooLarge
 from llmprune.base.memory import anonymous_bytes, parse_size
 from llmprune.calibration.hidden import Place
 from llmprune.walk.forward import LOGITS
@@ -72,6 +73,7 @@ def estimate(
     eval_tokens: int,
     forward: bool,
     removed_bytes: int,
+    converted_params: int,
     rate: float,
 ) -> Estimate:
     """Estimate a run; `itemsize` is that of the dtype that blocks are held in, `rate` in FLOP/s.
@@ -109,6 +111,7 @@ def estimate(
     _check("cpu", host, host_budget)
     if not on_host:
         _check(str(device), on_device, device_budget)
+    gate_disk = converted_params * 4  # tensors that change shape on load are laid out anew
     flops = 2 * shape.linear_params * shape.num_blocks
     tokens = num_samples * seq_len if forward else 0
     head = 2 * shape.exit_params
@@ -119,7 +122,9 @@ def estimate(
         device_peak=on_device,
         hidden_bytes=hidden,
         out_bytes=shape.stored_bytes - removed_bytes,
-        disk_bytes=shape.stored_bytes - removed_bytes + (hidden if place == "disk" else 0),
+        disk_bytes=shape.stored_bytes
+        - removed_bytes
+        + max(hidden if place == "disk" else 0, gate_disk),
         read_bytes=shape.stored_bytes,
         cut_seconds=1.85 * flops * tokens / rate + shape.stored_bytes / WEIGHT_RATE,
         evaluate_seconds=2 * (flops + head) * eval_tokens / rate,
@@ -150,6 +155,9 @@ def budgets(recipe: Recipe, device: torch.device) -> tuple[int, int]:
     import torch
 
     limits = {name: parse_size(size) for name, size in (recipe.max_memory or {}).items()}
+    for name in limits:
+        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+            raise RecipeError(f"max_memory: {name!r} is no device. Type cpu, mps, cuda or cuda:0.")
     host = limits.get("cpu", int(psutil.virtual_memory().available * 0.9) + anonymous_bytes())
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]

@@ -95,7 +95,9 @@ def open_plan(recipe: Recipe) -> Opened:
         LlmpruneError: whatever is wrong with recipe, source, device or memory.
     """
     METHODS[recipe.prune.method]
-    out = Path(recipe.out) if recipe.out else default_out(recipe)
+    out = Path(recipe.out).expanduser() if recipe.out else default_out(recipe)
+    if not out.name or out.name == "..":
+        raise RecipeError(f"out: {out} has no name of its own. Choose a new folder with --out.")
     source = open_source(recipe.model, revision=recipe.revision)
     device = choose_device(recipe.device)
     stored = storage_dtype(source)
@@ -111,6 +113,11 @@ def open_plan(recipe: Recipe) -> Opened:
         dtype=dtype,
         stored_bytes=source.num_bytes,
         storage_itemsize=stored.itemsize,
+        converted_params=sum(
+            source.entries[name].num_params
+            for name, pattern in blocks.naming.pattern.items()
+            if pattern is not None
+        ),
     )
     if plan.forward:
         family = blocks.skeleton.family

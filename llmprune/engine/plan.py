@@ -137,6 +137,7 @@ def make_plan(
     dtype: torch.dtype,
     stored_bytes: int,
     storage_itemsize: int,
+    converted_params: int = 0,
     may_evaluate: bool = True,
 ) -> Plan:
     """Decide a run.
@@ -159,6 +160,7 @@ def make_plan(
         )
     )
     sites = all_sites(groups)
+    check_globs(step.skip, anatomies)
     skipped, eligible = _skipped(anatomies, step, sites)
     if not sites:
         raise RecipeError(f"prune.skip: {list(step.skip)} leaves nothing to prune; skip less.")
@@ -181,6 +183,7 @@ def make_plan(
         eval_tokens=windows * seq_len,
         forward=forward,
         removed_bytes=removed * storage_itemsize if form == "shrunk" else 0,
+        converted_params=converted_params,
         rate=measure_rate(device, dtype),
     )
     return Plan(
@@ -207,6 +210,22 @@ def make_plan(
         config_changes=_config_changes(groups, counts) if form == "shrunk" else {},
         estimate=cost,
     )
+
+
+def check_globs(skip: Sequence[str], anatomies: Anatomies) -> None:
+    """Check that every glob names a linear.
+
+    Raises:
+        RecipeError: one names none; says which linears there are.
+    """
+    pairs = list(zip(anatomies.prefixes, anatomies.blocks, strict=True))
+    for glob in skip:
+        if not any(is_skipped(name, p, [glob]) for p, block in pairs for name in block.linears):
+            known = ", ".join(sorted(anatomies.blocks[0].linears)[:8])
+            raise RecipeError(
+                f"prune.skip: {glob!r} names no linear. The first block has {known}; type '*' for "
+                "any characters, as in '*down_proj'."
+            )
 
 
 def decide_form(step: PruneStep, pattern: Pattern) -> str:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+HIDDEN_BYTES = 2_000_000_000  # of hidden states held at once; more windows are walked in groups
+
+
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
     """A perplexity and what it was measured on."""
@@ -62,17 +65,23 @@ def cut_windows(
 def of_blocks(blocks: Blocks, windows_NT: Tensor, *, micro_batch: int = 1) -> tuple[float, int]:
     """Return (perplexity, predicted tokens) of a model walked block by block.
 
+    Windows are walked together as long as their hidden states fit `HIDDEN_BYTES`.
+
     Raises:
         NumericalError: the loss is not finite.
     """
-    stream = embed(blocks, windows_NT, micro_batch)
-    walk(blocks, stream)
-    batches = windows_NT.split(micro_batch)
+    text = blocks.model.config.get_text_config()
+    per_window = windows_NT.shape[1] * text.hidden_size * 4
+    at_once = max(micro_batch, HIDDEN_BYTES // per_window // micro_batch * micro_batch)
     total, count = 0.0, 0
-    for batch, start, logits_BtV in logits(blocks, stream):
-        added, predicted = _loss(logits_BtV, batches[batch], start)
-        total, count = total + added, count + predicted
-    stream.hidden.close()
+    for group_NT in windows_NT.split(at_once):
+        stream = embed(blocks, group_NT, micro_batch)
+        walk(blocks, stream)
+        batches = group_NT.split(micro_batch)
+        for batch, start, logits_BtV in logits(blocks, stream):
+            added, predicted = _loss(logits_BtV, batches[batch], start)
+            total, count = total + added, count + predicted
+        stream.hidden.close()
     return _perplexity(total, count), count
 
 

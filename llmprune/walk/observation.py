@@ -128,9 +128,14 @@ def _pointers(block: Block, needs: Mapping[str, tuple[str, ...]]) -> dict[int, s
 
 
 def _check_read(block: Block, stats: Mapping[str, Stats]) -> None:
-    """Raise where a tap that every token must pass was never read; an expert's may be."""
+    """Raise where a tap was never read; single experts may go without tokens, not all of them."""
+    any_expert = any(
+        stats[tap.name].num_tokens and block.anatomy.linears[tap.readers[0]].expert is not None
+        for tap in block.anatomy.taps
+        if tap.name in stats
+    )
     for tap in block.anatomy.taps:
-        routed = block.anatomy.linears[tap.readers[0]].expert is not None
+        routed = block.anatomy.linears[tap.readers[0]].expert is not None and any_expert
         if tap.name in stats and not stats[tap.name].num_tokens and not routed:
             raise UnsupportedModel(
                 f"tap {tap.name!r} of block {block.index} was never read: this transformers "

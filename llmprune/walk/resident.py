@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.arch.anatomy import Anatomy, anatomy_of, family_of
 from llmprune.arch.types import Family
+from llmprune.base.errors import UnsupportedModel
 from llmprune.checkpoint.skeleton import use_eager_experts
 from llmprune.walk.block import Block
 
@@ -71,14 +72,46 @@ def in_memory(model: Any) -> Iterator[Resident]:
     Raises:
         UnsupportedModel: the model's family is not known.
     """
+    check_resident(model)
     family = family_of(model.config.model_type)
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     experts = getattr(model.config, "_experts_implementation", None)
     use_eager_experts(model)
     model.eval()
     try:
         yield Resident(model=model, family=family)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         if experts is not None and hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation(experts)
+
+
+def check_resident(model: Any) -> None:
+    """Check that a model in memory can be pruned in place.
+
+    Raises:
+        UnsupportedModel: adapters, no head, weights elsewhere than in memory, or quantised.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is no plain PreTrainedModel. Merge adapters first "
+            "(model.merge_and_unload()), and unwrap what wraps the model."
+        )
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no head for language. Load it with AutoModelForCausalLM."
+        )
+    if any(value.device.type == "meta" for value in model.parameters()):
+        raise UnsupportedModel(
+            "parts of the model are offloaded, not in memory. Give its folder instead of the "
+            "model: a folder is streamed and may be larger than memory."
+        )
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised or any(not value.is_floating_point() for value in model.parameters()):
+        raise UnsupportedModel(
+            "the model is quantised: its values are codes. Load the 16-bit checkpoint it was made "
+            "from, prune that, then quantise the result."
+        )

@@ -12,7 +12,7 @@ from llmprune.arch.anatomy import Anatomy, anatomy_of
 from llmprune.base.errors import CheckpointError
 from llmprune.base.memory import return_freed
 from llmprune.checkpoint.naming import Naming, naming_of
-from llmprune.checkpoint.skeleton import Skeleton, empty, fill, tie
+from llmprune.checkpoint.skeleton import Skeleton, empty, fill, tie, untie
 from llmprune.checkpoint.source import Source
 from llmprune.walk.block import Block
 
@@ -77,11 +77,11 @@ class Streamed:
         entrance, exit_ = model.get_input_embeddings(), model.get_output_embeddings()
         tied = bool(getattr(model, "all_tied_weights_keys", None))
         unwanted = (entrance if head else exit_) if not tied else None
+        trunk = set(self.skeleton.trunk_params())
         names = [
             name
             for name, value in model.named_parameters()
-            if name in self.skeleton.trunk_params()
-            and (unwanted is None or value is not unwanted.weight)
+            if name in trunk and (unwanted is None or value is not unwanted.weight)
         ]
         self._move_buffers()
         try:
@@ -128,6 +128,7 @@ def stream(
     """
     naming, unused = naming_of(skeleton.model, source.entries)
     covered = set(naming.target.values())
+    untie(skeleton.model, covered)
     tied = set(getattr(skeleton.model, "all_tied_weights_keys", None) or {})
     for name, value in skeleton.model.named_parameters():
         if name not in covered and name not in tied:

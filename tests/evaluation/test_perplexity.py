@@ -140,3 +140,13 @@ def test_bos_is_asked_of_a_tokenizer_that_has_one(
 def test_it_says_what_it_was_measured_on() -> None:
     found = Perplexity(value=7.1234, num_windows=3, seq_len=8, num_predicted=21, bos=True, data="x")
     assert str(found) == "7.123 (3 windows of 8 tokens of x, BOS first)"
+
+
+def test_windows_walked_in_groups_give_the_same(
+    streamed: Any, pico: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = streamed(pico("llama"))
+    windows = torch.randint(0, 64, (5, 16), generator=torch.Generator().manual_seed(0))
+    whole = of_blocks(blocks, windows, micro_batch=2)
+    monkeypatch.setattr("llmprune.evaluation.perplexity.HIDDEN_BYTES", 1)
+    assert of_blocks(blocks, windows, micro_batch=2) == pytest.approx(whole)

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from llmprune.base.errors import CheckpointError
-from llmprune.checkpoint.source import SINGLE
+from llmprune.checkpoint.skeleton import build_skeleton, read_config
+from llmprune.checkpoint.source import SINGLE, open_folder
 from llmprune.walk.forward import embed, logits, walk
 from llmprune.walk.resident import in_memory
-from llmprune.walk.streamed import Streamed
+from llmprune.walk.streamed import Streamed, stream
 
 Pico = Callable[..., Path]
 Stock = Callable[[Path], Any]
@@ -213,3 +215,24 @@ def test_a_resident_model_is_walked_in_place_and_left_as_it_was(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     expected = stock_logits(model.eval(), tokens)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_head_stored_beside_the_embeddings_it_is_tied_to_is_its_own(
+    pico: Pico, tmp_path: Path, tokens: Tensor
+) -> None:
+    source = shutil.copytree(pico("llama", tied=True), tmp_path / "model")
+    stored = load_file(source / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"] * 2 + 0.1
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    expected = AutoModelForCausalLM.from_pretrained(source)(input_ids=tokens).logits
+    config = read_config(source)
+    blocks = stream(
+        open_folder(source),
+        build_skeleton(config, dtype=torch.float32),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    flow = embed(blocks, tokens, len(tokens))
+    walk(blocks, flow)
+    found = torch.cat([part for _, _, part in logits(blocks, flow)], dim=1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
