@@ -14,7 +14,7 @@ import torch
 from llmprune.arch.types import Coupling, Site
 from llmprune.catalog import Method
 from llmprune.engine.sites import Group
-from llmprune.mask.apply import zero_out
+from llmprune.mask.apply import masked
 from llmprune.mask.packed import PackedMask, pack, unpack
 from llmprune.mask.pattern import Channels, Pattern, choose_keep, pool
 from llmprune.mask.pieces import PIECE
@@ -87,8 +87,9 @@ class Cutter:
             block.shrink(coupling, kept)
         if not outcome.cut_out:
             for linear, mask in outcome.masks.items():
-                weight_OI = block.weight(linear.removeprefix(block.prefix))
-                zero_out(weight_OI, unpack(mask.bits, mask.shape).to(weight_OI.device))
+                name = linear.removeprefix(block.prefix)
+                keep_OI = unpack(mask.bits, mask.shape).to(block.device)
+                block.replace(name, masked(block.weight(name), keep_OI))
 
     def _cut_weights(
         self,
@@ -117,8 +118,7 @@ class Cutter:
         for site, solved in zip(
             group.sites, solver(weights, {group.tap: stats}, chooses).values(), strict=True
         ):
-            if solved.weight_OI is not weights[site.name]:
-                weights[site.name].copy_(solved.weight_OI)
+            block.replace(site.spans[0].linear, solved.weight_OI)
             outcome.keep(site.name, solved.keep_OI)
             outcome.touched |= block.params_of({site.spans[0].linear})
             removed = site.num_units - int(solved.keep_OI.count_nonzero())
@@ -154,7 +154,7 @@ class Cutter:
                 weight_OI = block.weight(span.linear)
                 axis = keep_U[:, None] if span.axis == "out" else keep_U[None, :]
                 keep_OI = axis.expand_as(weight_OI)
-                zero_out(weight_OI, keep_OI)
+                block.replace(span.linear, masked(weight_OI, keep_OI))
                 earlier = prior.get(block.prefix + span.linear)
                 keep_OI = keep_OI if earlier is None else keep_OI & earlier.to(keep_OI.device)
                 outcome.keep(block.prefix + span.linear, keep_OI)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from llmprune.mask.apply import zero_out
+from llmprune.mask.apply import masked
 from llmprune.solver.types import Choose, Solved
 from llmprune.stats.types import Stats
 
@@ -14,7 +14,7 @@ from llmprune.stats.types import Stats
 def zero_pruned(
     weights: Mapping[str, Tensor], stats: Mapping[str, Stats], chooses: Mapping[str, Choose]
 ) -> dict[str, Solved]:
-    """Zero what is not kept, IN PLACE on the tensors given; the result holds those tensors.
+    """Return new weights with zeros where nothing is kept; the tensors given stay as they are.
 
     A pruned NaN or infinity becomes zero too. The statistics are not read.
 
@@ -26,6 +26,5 @@ def zero_pruned(
     solved = {}
     for name, weight_OI in weights.items():
         keep_OI = chooses[name](weight_OI, slice(0, weight_OI.shape[1]), None)
-        zero_out(weight_OI, keep_OI)
-        solved[name] = Solved(weight_OI, keep_OI)
+        solved[name] = Solved(masked(weight_OI, keep_OI), keep_OI)
     return solved

@@ -31,6 +31,15 @@ class Block:
         found = self.anatomy.linears[linear]
         return found.view(self.module.get_parameter(found.param).data)
 
+    def replace(self, linear: str, weight_OI: Tensor) -> None:
+        """Put a new weight of the same shape in a linear's place; the parameter object stays."""
+        found = self.anatomy.linears[linear]
+        param = self.module.get_parameter(found.param)
+        if found.expert is None and found.num_parts == 1 and not found.transposed:
+            param.data = weight_OI
+        else:
+            found.view(param.data).copy_(weight_OI)
+
     def check_finite(self, linear: str) -> None:
         """Check a weight.
 

@@ -1,4 +1,4 @@
-"""Zeroing: kept weights untouched, the others exactly zero, in place."""
+"""Zeroing: kept weights untouched, the others exactly zero."""
 
 from __future__ import annotations
 
@@ -37,10 +37,16 @@ def test_half_of_each_row_goes_and_the_rest_stays(dtype: torch.dtype) -> None:
     assert solved.bias_shift_O is None
 
 
-def test_the_tensor_given_is_the_tensor_returned() -> None:
+def test_the_tensor_given_stays_as_it_is() -> None:
     weight = T1_WEIGHT.clone()
-    assert solve(weight, weight > 0).weight_OI is weight
-    assert weight.tolist() == [[4.0, 0.0, 2.0, 0.0], [1.0, 5.0, 0.0, 0.5]]
+    solved = solve(weight, weight > 0)
+    assert solved.weight_OI.tolist() == [[4.0, 0.0, 2.0, 0.0], [1.0, 5.0, 0.0, 0.5]]
+    assert torch.equal(weight, T1_WEIGHT)
+
+
+def test_a_transposed_weight_is_zeroed_where_its_rows_say() -> None:
+    weight = T1_WEIGHT.T.contiguous().T
+    assert torch.equal(solve(weight, weight > 0).weight_OI, T1_WEIGHT.clamp(min=0))
 
 
 def test_what_is_pruned_becomes_positive_zero_whatever_it_was() -> None:
