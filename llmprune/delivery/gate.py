@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.base.errors import CheckpointError, WontLoad
-from llmprune.base.memory import LARGE_PIECE
 from llmprune.checkpoint.sink import write_json, write_tensors
 from llmprune.checkpoint.skeleton import build_skeleton, read_config
 from llmprune.checkpoint.source import Source, open_folder, read_json
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROWS, TOKENS = 2, 128
+PIECE = 2**17  # of memory that the fresh process gives back as soon as it is freed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ def _load_stock(
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
-        "GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={LARGE_PIECE}",  # see map_large_pieces
+        "GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={PIECE}",
     }
     process = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("stock.py")), str(scratch / "job.json")],

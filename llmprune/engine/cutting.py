@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from llmprune.base.memory import anonymous_bytes
+from llmprune.base.memory import LARGE_PIECE, anonymous_bytes, return_freed
 from llmprune.base.progress import Progress
 from llmprune.calibration.replay import call
 from llmprune.engine.plan import Plan
@@ -128,10 +128,13 @@ def _cut_block(
             if stream is not None:
                 dense = plan.prune.propagate == "dense"
                 seen = observe(block, stream, plan.needs(index), dense=dense)
+                return_freed()
         with _timed(seconds, "solve"):
             for group in plan.groups[index]:
                 stats = seen.stats[group.tap] if seen else EMPTY
                 cutter.cut(group, block, stats, masks, outcome)
+                if sum(site.num_weights for site in group.sites) > LARGE_PIECE:
+                    return_freed()
             outcome.carry(masks)
         with _timed(seconds, "write"):
             redo = None if cutter.updates else partial(cutter.redo, outcome=outcome)

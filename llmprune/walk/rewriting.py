@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmprune.base.memory import return_freed
 from llmprune.checkpoint.sink import shard_name, write_index, write_tensors
 from llmprune.checkpoint.skeleton import Skeleton, empty
 from llmprune.checkpoint.source import Entry, Source, read_header
@@ -76,6 +77,7 @@ class Rewriting:
         if redo is None or self.source.dtype is None:
             return self._write(block, touched)
         empty(block.module)
+        return_freed()
         with self.source.stored_form().open(block.index) as plain:
             redo(plain)
             return self._write(plain, touched)
