@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from llmprune.api import gate, load, perplexity, plan, prune, run
+    from llmprune.api import (
+        evaluate,
+        gate,
+        inspect,
+        load,
+        perplexity,
+        plan,
+        prune,
+        push,
+        rolling_perplexity,
+        run,
+    )
     from llmprune.base.errors import LlmpruneError
     from llmprune.catalog import METHODS
     from llmprune.recipe import Recipe
@@ -23,11 +34,15 @@ _HOMES = {
     "METHODS": "llmprune.catalog",
     "Recipe": "llmprune.recipe",
     "Report": "llmprune.report.run",
+    "evaluate": "llmprune.api",
     "gate": "llmprune.api",
+    "inspect": "llmprune.api",
     "load": "llmprune.api",
     "perplexity": "llmprune.api",
     "plan": "llmprune.api",
     "prune": "llmprune.api",
+    "push": "llmprune.api",
+    "rolling_perplexity": "llmprune.api",
     "run": "llmprune.api",
 }
 
@@ -36,11 +51,15 @@ __all__ = [
     "LlmpruneError",
     "Recipe",
     "Report",
+    "evaluate",
     "gate",
+    "inspect",
     "load",
     "perplexity",
     "plan",
     "prune",
+    "push",
+    "rolling_perplexity",
     "run",
 ]
 

@@ -1,9 +1,8 @@
-"""The public functions: plan, prune, run, gate, load, perplexity."""
+"""The public functions: plan, prune, run, gate, load, push; measuring.py has those that measure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,31 +11,32 @@ import torch
 
 from llmprune.base.errors import RecipeError
 from llmprune.base.progress import Progress
-from llmprune.calibration.text import evaluation_text, token_ids
 from llmprune.checkpoint.locate import open_source
-from llmprune.checkpoint.sink import write_json
 from llmprune.checkpoint.source import Source, open_folder, read_json
 from llmprune.delivery.gate import Verdict, pass_gate
+from llmprune.engine.calibrating import calibration_windows
 from llmprune.engine.opening import (
+    anatomies_of,
     choose_device,
-    choose_dtype,
     open_blocks,
     open_plan,
     read_tokenizer,
     storage_dtype,
 )
-from llmprune.evaluation.perplexity import Perplexity, cut_windows, of_blocks, of_model
+from llmprune.measuring import evaluate, perplexity, rolling_perplexity, store_measurement
 from llmprune.recipe import Recipe, build, default_steps, override
 from llmprune.report.run import Report
-from llmprune.steps import calibration_tokens, run_resident, run_streamed
+from llmprune.steps import run_resident, run_streamed
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from llmprune.engine.inspection import Inspection
     from llmprune.engine.plan import Plan
 
-Text = str | PathLike[str] | Iterable[str]
+Mix = Sequence[Mapping[str, Any]]
+Text = str | PathLike[str] | Iterable[str] | Mix
 
 
 def make_recipe(
@@ -46,7 +46,7 @@ def make_recipe(
     method: str | None = None,
     pattern: str | None = None,
     out: str | Path | None = None,
-    calib: str | None = None,
+    calib: str | Mix | None = None,
     num_samples: int | None = None,
     seq_len: int | None = None,
     settings: Iterable[str] = (),
@@ -114,9 +114,11 @@ def prune(
         model: a folder, a Hub id, "demo", or a `PreTrainedModel`.
         sparsity: the share of the eligible weights to remove, in [0, 1); N:M patterns fix it.
         method: a row of `llmprune methods`.
-        pattern: "unstructured", "N:M" (keep N of every M) or "ffn-channels".
+        pattern: "unstructured", "N:M" (keep N of every M), "HxW" (tiles) or "ffn-channels".
         out: the folder to write; named for model, method and sparsity when absent.
-        calib: "demo", a file, texts, or token ids (N, T) int64.
+        calib: "c4" or another preset, "demo", a file or folder, OWNER/NAME on the Hub, a mix such
+            as "c4:3,demo:1" (or a list of mappings with data, weight, split, config, column), texts
+            themselves, or token ids (N, T) int64. When absent: c4; with the demo model its text.
         tokenizer: for a model in memory, unless `calib` holds token ids.
         num_samples: calibration sequences. seq_len: tokens in each; min(2048, the model's maximum).
         settings: further `key=value` overrides of the recipe, such as "prune.skip=['*down_proj']".
@@ -150,7 +152,8 @@ def prune(
         opened = open_plan(recipe)
         if texts is not None:
             tokenizer = tokenizer or read_tokenizer(opened.source, recipe)
-            tokens = calibration_tokens(opened.plan, tokenizer, progress, texts=texts)
+            windows = calibration_windows(opened.plan, tokenizer, progress, texts=texts)
+            return run_streamed(opened, progress, tokens=windows, overwrite=overwrite)
         return run_streamed(opened, progress, tokens=tokens, overwrite=overwrite)
     if out is not None:
         raise RecipeError(
@@ -159,8 +162,8 @@ def prune(
     return run_resident(model, recipe, progress, tokens=tokens, tokenizer=tokenizer, texts=texts)
 
 
-def _calibration(calib: Any) -> tuple[str | None, list[str] | None, Tensor | None]:
-    """Tell apart what calibration may be: a name or path, texts, or token ids.
+def _calibration(calib: Any) -> tuple[str | Mix | None, list[str] | None, Tensor | None]:
+    """Tell apart what calibration may be: a name, path or mix, texts, or token ids.
 
     Raises:
         RecipeError: it is none of these.
@@ -170,10 +173,12 @@ def _calibration(calib: Any) -> tuple[str | None, list[str] | None, Tensor | Non
     if isinstance(calib, torch.Tensor):
         return None, None, calib
     texts = list(calib) if isinstance(calib, Iterable) else []
+    if isinstance(calib, Mapping) or (texts and isinstance(texts[0], Mapping)):
+        return [calib] if isinstance(calib, Mapping) else texts, None, None
     if not texts or not all(isinstance(text, str) for text in texts):
         raise RecipeError(
-            f"calib: {type(calib).__name__} holds no texts. Give 'demo', a file, texts (at least "
-            "one str), or token ids as a tensor (sequences, tokens)."
+            f"calib: {type(calib).__name__} holds no texts. Give a name such as 'c4' or 'demo', a "
+            "file, texts (at least one str), or token ids as a tensor (sequences, tokens)."
         )
     return None, texts, None
 
@@ -212,6 +217,36 @@ def _recorded_source(folder: Path) -> Source | None:
     return source if source.fingerprint() == recorded.get("fingerprint") else None
 
 
+def inspect(
+    model: str | PathLike[str] | PreTrainedModel,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Inspection:
+    """Return what a model looks like: blocks by kind, taps, couplings, experts, what is eligible.
+
+    Reads no weight. The repr is what `llmprune inspect` prints.
+
+    Raises:
+        LlmpruneError: the model cannot be pruned; says what was found.
+
+    >>> inspect("demo").eligible
+    4718592
+    """
+    from llmprune.engine.inspection import inspection_of
+    from llmprune.walk.resident import in_memory
+
+    if not isinstance(model, str | PathLike):
+        with in_memory(model) as blocks:
+            return inspection_of(anatomies_of(blocks), source="in memory", family=blocks.family)
+    recipe = make_recipe(
+        str(model), sparsity=0.5, revision=revision, trust_remote_code=trust_remote_code
+    )
+    source = open_source(str(model), revision=revision)
+    streamed = open_blocks(source, recipe, torch.device("cpu"), storage_dtype(source))
+    return inspection_of(anatomies_of(streamed), source=source.name, family=streamed.family)
+
+
 def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto") -> Any:
     """Load a result as a `PreTrainedModel`, in evaluation mode.
 
@@ -227,84 +262,35 @@ def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto") -> An
     return model.to(choose_device(device)).eval()
 
 
-def perplexity(
-    model: Any,
-    tokenizer: Any = None,
-    data: str = "demo",
+def push(
+    folder: str | PathLike[str],
+    repo: str,
     *,
-    seq_len: int | None = None,
-    num_windows: int | None = None,
-    bos: bool = False,
-    micro_batch: int = 1,
-    device: str = "auto",
-    dtype: str = "auto",
+    private: bool = False,
+    base_model: str | None = None,
+    message: str | None = None,
+    create_pr: bool = False,
     revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> Perplexity:
-    """Measure perplexity by the papers' protocol: non-overlapping windows of one joined text.
+) -> str:
+    """Upload a result to the Hub in one commit, with a model card; return the commit's address.
+
+    The token is the one of `hf auth login` or HF_TOKEN. Paths of this machine do not travel.
 
     Args:
-        model: a `PreTrainedModel`, or a folder, which is streamed and may be larger than memory.
-        tokenizer: the model's; read from the folder when absent.
-        data: "demo" (the bundled evaluation text) or a file.
-        seq_len: tokens per window; min(2048, the model's maximum).
-        num_windows: how many from the start of the text; all when absent.
-        bos: begin every window with the BOS token (the papers do not).
+        folder: a finished result of llmprune; it is not changed.
+        repo: OWNER/NAME, or a name of your own; made where it does not exist.
+        private: make a new repository private.
+        base_model: the Hub id of the base model, where that was pruned from a local folder.
+        message: of the commit. create_pr: propose the commit instead of making it.
+        revision: a branch to commit to, made where it does not exist; main when absent.
 
     Raises:
-        RecipeError: the text is shorter than one window.
+        LlmpruneError: the folder is no proven result, or the Hub refuses; nothing was committed.
     """
-    from llmprune.engine.plan import sequence_length
+    from llmprune.report.publishing import pack, upload
 
-    if num_windows is not None and num_windows < 1:
-        raise RecipeError(f"num_windows: {num_windows} windows measure nothing. Ask for 1 or more.")
-    streamed = isinstance(model, str | PathLike)
-    name = str(model) if streamed else "in memory"
-    recipe = make_recipe(
-        name,
-        sparsity=0.5,
-        seq_len=seq_len,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-    if streamed:
-        source = open_source(str(model), revision=revision)
-        tokenizer = tokenizer or read_tokenizer(source, recipe)
-        where = choose_device(device)
-        kind = choose_dtype(dtype, storage_dtype(source), where)
-        blocks = open_blocks(source, recipe, where, kind)
-        config = blocks.model.config
-    else:
-        config = model.config
-    if tokenizer is None:
-        raise RecipeError("tokenizer: a model in memory needs one; pass the model's tokenizer.")
-    length = sequence_length(recipe, config)
-    bos_id = tokenizer.bos_token_id if bos else None
-    if bos and bos_id is None:
-        raise RecipeError("bos: this tokenizer has no BOS token; leave bos out.")
-    limit = None if num_windows is None else num_windows * length + 1
-    ids = token_ids(evaluation_text(data), tokenizer, limit=limit)
-    windows = cut_windows(ids, length, num_windows=num_windows, bos_id=bos_id)
-    measure = of_blocks if streamed else of_model
-    value, count = measure(blocks if streamed else model, windows, micro_batch=micro_batch)
-    return Perplexity(
-        value=value,
-        num_windows=len(windows),
-        seq_len=length,
-        num_predicted=count,
-        bos=bos,
-        data=data,
-    )
-
-
-def store_perplexity(folder: str | Path, found: Perplexity) -> bool:
-    """Append a measurement to the folder of a result; other models are left as they are."""
-    path = Path(folder) / "llmprune" / "evaluations.json"
-    if str(folder) == "demo" or not (path.parent / "report.json").exists():
-        return False
-    before = read_json(path)["perplexity"] if path.exists() else []
-    write_json(path, {"perplexity": [*before, asdict(found)]})
-    return True
+    package = pack(Path(folder), repo, base_model=base_model)
+    return upload(package, private=private, message=message, create_pr=create_pr, revision=revision)
 
 
 def _recipe(recipe: Recipe | str, wishes: dict[str, Any]) -> Recipe:
@@ -317,4 +303,17 @@ def _given(wishes: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in wishes.items() if value is not None}
 
 
-__all__ = ["gate", "load", "make_recipe", "perplexity", "plan", "prune", "run"]
+__all__ = [
+    "evaluate",
+    "gate",
+    "inspect",
+    "load",
+    "make_recipe",
+    "perplexity",
+    "plan",
+    "prune",
+    "push",
+    "rolling_perplexity",
+    "run",
+    "store_measurement",
+]

@@ -14,10 +14,13 @@ import torch
 from llmprune.base.errors import LlmpruneError, RecipeError, TooLarge
 from llmprune.base.memory import map_large_pieces
 from llmprune.base.progress import Progress
-from llmprune.calibration.text import evaluation_text, read_documents, token_ids, tokenize_windows
+from llmprune.calibration.heldout import evaluation_text
+from llmprune.calibration.mix import Windows, window_record
+from llmprune.calibration.selection import evaluation_data
 from llmprune.checkpoint.sink import write_json
 from llmprune.checkpoint.source import check_free_space, open_folder, read_json
 from llmprune.delivery.gate import clean_scratch, pass_gate
+from llmprune.engine.calibrating import calibration_windows, leaked_share, run_text
 from llmprune.engine.cutting import cut
 from llmprune.engine.folder import (
     FolderKeeper,
@@ -27,10 +30,11 @@ from llmprune.engine.folder import (
     what_fixes,
 )
 from llmprune.engine.opening import Opened, anatomies_of, read_tokenizer
-from llmprune.engine.plan import Plan, make_plan, max_seq_len
+from llmprune.engine.plan import make_plan, max_seq_len
 from llmprune.engine.records import OBEYED, OWN, Records, check_out, check_same_run
 from llmprune.engine.solving import Outcome
-from llmprune.evaluation.perplexity import Perplexity, cut_windows, of_blocks
+from llmprune.engine.survey import Surroundings, take_survey
+from llmprune.evaluation.perplexity import Question, loss_of_blocks, pose
 from llmprune.report.run import Report, report_data
 from llmprune.walk.forward import Stream, embed
 from llmprune.walk.resident import in_memory
@@ -43,37 +47,17 @@ if TYPE_CHECKING:
     from llmprune.recipe import Recipe
 
 
-def calibration_tokens(
-    plan: Plan, tokenizer: Any, progress: Progress, *, texts: Sequence[str] | None = None
-) -> Tensor:
-    """Return the token batches (N, T) of the recipe's text, or of texts given as strings."""
-    wish = plan.recipe.calibration
-    if texts is None and wish.data == "demo" and plan.recipe.model != "demo":
-        progress.note(
-            "calibration: the bundled demo text (English novels). Text like that of your use gives "
-            "a better result: --calib FILE."
-        )
-    tokens, notice = tokenize_windows(
-        read_documents(wish.data, seed=plan.recipe.seed, column=wish.column)
-        if texts is None
-        else texts,
-        tokenizer,
-        num_samples=wish.num_samples,
-        seq_len=plan.seq_len,
-        seed=plan.recipe.seed,
-        bos=wish.bos,
-    )
-    if notice:
-        progress.warn(notice)
-    return tokens
-
-
 def run_streamed(
-    opened: Opened, progress: Progress, *, tokens: Tensor | None = None, overwrite: bool = False
+    opened: Opened,
+    progress: Progress,
+    *,
+    tokens: Tensor | Windows | None = None,
+    overwrite: bool = False,
 ) -> Report:
     """Carry out a plan: cut, prove, evaluate, publish; or continue where an earlier run stopped.
 
-    With `overwrite` an existing result is replaced, and an unfinished run is not continued.
+    `tokens` (N, T) int64 take the place of the recipe's text. With `overwrite` an existing result
+    is replaced, and an unfinished run is not continued.
 
     Raises:
         LlmpruneError: nothing is published, and the source is as it was.
@@ -87,17 +71,21 @@ def run_streamed(
     if not finished:
         check_out(out, opened.source.folder, overwrite=overwrite)
     with records.lock(), _memory_errors(), _same_threads():
-        if plan.forward and tokens is None:
-            tokens = calibration_tokens(plan, read_tokenizer(opened.source, plan.recipe), progress)
-        if plan.forward and tokens is not None:
+        if plan.forward and isinstance(tokens, torch.Tensor):
             check_tokens(tokens, opened.blocks.model.config)
-        fixed = what_fixes(opened, tokens)
+        before = read_json(out / OWN / "run.json") if finished else unfinished
+        text = run_text(opened, records, progress, before=before, finished=finished, given=tokens)
+        if text.tokens is not None:
+            check_tokens(text.tokens, opened.blocks.model.config)
+        fixed = what_fixes(opened, None) | text.fixes
         if finished:
             _check_same_result(out, fixed)
             records.tidy()
             progress.note(f"{out} already holds this result; nothing to do")
             return Report.read(out)
-        windows = evaluation_windows(opened, progress)
+        question = evaluation_question(opened, progress)
+        asked_NT = question.windows.inputs_NT if question else None
+        leak = leaked_share(text.tokens, asked_NT, progress)
         if unfinished is not None:
             check_same_run(unfinished, fixed, f"{records.partial} holds the beginning")
             fixed |= {key: unfinished[key] for key in OBEYED}
@@ -107,8 +95,12 @@ def run_streamed(
         try:
             if unfinished is None:
                 records.begin(fixed, replaces=overwrite)
+            text.keep(records)
             progress.bind(records.own / "events.jsonl")
-            report = _carry_out(opened, records, fixed, tokens, windows, progress)
+            report = _carry_out(
+                *(opened, records, fixed, text.tokens, question, progress),
+                calibration=text.record and text.record | {"leak": leak},
+            )
             records.publish(overwrite=overwrite)
         except LlmpruneError:
             if unfinished is None and not records.any_whole():
@@ -150,8 +142,10 @@ def _carry_out(
     records: Records,
     fixed: Mapping[str, Any],
     tokens: Tensor | None,
-    windows: Tensor | None,
+    question: Question | None,
     progress: Progress,
+    *,
+    calibration: Mapping[str, Any] | None = None,
 ) -> Report:
     """Cut, finish, prove and evaluate in the partial folder; return the report."""
     plan = opened.plan
@@ -159,12 +153,21 @@ def _carry_out(
     torch.set_num_threads(int(fixed["threads"]))
     blocks = open_target(opened, records.partial)
     clean_scratch(records.partial)
-    flow: Stream | None = None
+
+    def fresh() -> Stream:
+        assert tokens is not None
+        place = fixed["place"]
+        folder = records.own / "hidden" if place == "disk" else None
+        return embed(blocks, tokens, int(fixed["micro_batch"]), place=place, folder=folder)
+
+    if plan.counts is None:
+        with _stage(seconds, "survey"):
+            around = Surroundings(
+                blocks=blocks, progress=progress, embed=fresh, prior=prior_masks(opened)
+            )
+            plan = take_survey(plan, around, record=records.own / "allocation.json")
     with _stage(seconds, "embed"):
-        if tokens is not None and plan.forward:
-            place = fixed["place"]
-            folder = records.own / "hidden" if place == "disk" else None
-            flow = embed(blocks, tokens, int(fixed["micro_batch"]), place=place, folder=folder)
+        flow = fresh() if plan.cut_needs else None
     with _stage(seconds, "cut"):
         keeper = FolderKeeper(records, blocks)
         rows, resumed = cut(plan, blocks, flow, keeper, progress, prior=prior_masks(opened))
@@ -183,14 +186,14 @@ def _carry_out(
         )
         stage.advance("loads in a fresh process")
     quality = None
-    if windows is not None:
+    if question is not None:
         with _stage(seconds, "evaluate"):
-            quality = _evaluate(opened, blocks, windows, progress)
+            quality = _evaluate(opened, blocks, question, progress)
     report = Report(
         report_data(
             plan, rows, fixed=fixed, resumed_after=resumed, seconds=seconds, progress=progress
         )
-        | {"gate": verdict.to_dict(), "perplexity": quality}
+        | {"calibration": calibration, "gate": verdict.to_dict(), "perplexity": quality}
     )
     report.data["gate"]["folder"] = str(plan.out)
     write_json(records.own / "report.json", report.data)
@@ -212,6 +215,7 @@ def run_resident(
         LlmpruneError: the wish cannot be met.
     """
     seconds: dict[str, float] = {}
+    calibration: Mapping[str, Any] | None = None
     with in_memory(model) as blocks, _memory_errors():
         plan = make_plan(
             recipe,
@@ -225,7 +229,6 @@ def run_resident(
             storage_itemsize=model.dtype.itemsize,
             may_evaluate=False,
         )
-        flow = None
         if plan.forward:
             if tokens is None:
                 if tokenizer is None:
@@ -233,15 +236,27 @@ def run_resident(
                         "tokenizer: a model in memory needs one for calibration text. Pass "
                         "tokenizer=..., or token ids (N, T) as calib=..."
                     )
-                tokens = calibration_tokens(plan, tokenizer, progress, texts=texts)
+                found = calibration_windows(plan, tokenizer, progress, texts=texts)
+                tokens, calibration = found.tokens, found.record
             check_tokens(tokens, model.config)
-            flow = embed(blocks, tokens, plan.estimate.micro_batch, place=plan.estimate.place)
+            calibration = calibration or window_record("token ids", tokens)
+
+        def fresh() -> Stream:
+            assert tokens is not None
+            return embed(blocks, tokens, plan.estimate.micro_batch, place=plan.estimate.place)
+
+        if plan.counts is None:
+            with _stage(seconds, "survey"):
+                around = Surroundings(blocks=blocks, progress=progress, embed=fresh)
+                plan = take_survey(plan, around)
+        flow = fresh() if plan.cut_needs else None
         keeper = MemoryKeeper()
         with _stage(seconds, "cut"):
             rows, _ = cut(plan, blocks, flow, keeper, progress)
     for key, value in plan.config_changes.items():
         setattr(model.config, key, value)
     data = report_data(plan, rows, fixed={}, seconds=seconds, progress=progress)
+    data["calibration"] = calibration
     return Report(data, masks=keeper.masks)
 
 
@@ -267,8 +282,8 @@ class MemoryKeeper:
         """Wait for nothing: all is in memory."""
 
 
-def evaluation_windows(opened: Opened, progress: Progress) -> Tensor | None:
-    """Return the windows that perplexity will be measured on, before anything is cut.
+def evaluation_question(opened: Opened, progress: Progress) -> Question | None:
+    """Return what both models will be asked for their perplexity, before anything is cut.
 
     Raises:
         LlmpruneError: there is no tokenizer or no text, and the recipe insists on perplexity.
@@ -277,49 +292,49 @@ def evaluation_windows(opened: Opened, progress: Progress) -> Tensor | None:
     wish = plan.recipe.evaluate
     if wish is None or not plan.eval_windows:
         return None
+    data = evaluation_data(plan.recipe)
     try:
         tokenizer = read_tokenizer(opened.source, plan.recipe)
-        limit = plan.eval_windows * plan.seq_len + 1
-        ids = token_ids(evaluation_text(wish.data), tokenizer, limit=limit)
-        windows = cut_windows(ids, plan.seq_len, num_windows=plan.eval_windows)
-        check_tokens(windows, opened.blocks.model.config)
+        question = pose(
+            evaluation_text(data, tokenizer=tokenizer),
+            tokenizer,
+            data=data,
+            seq_len=plan.seq_len,
+            stride=wish.stride,
+            num_windows=plan.eval_windows,
+            bos=wish.bos,
+        )
+        check_tokens(question.windows.inputs_NT, opened.blocks.model.config)
     except LlmpruneError as error:
         if wish.perplexity is True:
             raise
         progress.warn(f"perplexity is not measured: {error}")
         return None
-    return windows
+    return question
 
 
 def _evaluate(
-    opened: Opened, blocks: Rewriting, windows_NT: Tensor, progress: Progress
+    opened: Opened, blocks: Rewriting, question: Question, progress: Progress
 ) -> dict[str, Any] | None:
     """Return dense and pruned perplexity of the same windows; a failure costs no proven result."""
     plan = opened.plan
-    assert plan.recipe.evaluate is not None
     found = {}
     with progress.stage("perplexity", 2) as stage:
         for name, side in (("dense", opened.blocks), ("pruned", blocks.result)):
             try:
-                value, count = of_blocks(
+                loss = loss_of_blocks(
                     replace(side, dtype=plan.dtype),
-                    windows_NT,
+                    *question.windows,
                     micro_batch=plan.estimate.micro_batch,
                 )
             except LlmpruneError as error:
                 progress.warn(f"perplexity is not measured: {error}")
                 return None
-            found[name] = asdict(
-                Perplexity(
-                    value=value,
-                    num_windows=len(windows_NT),
-                    seq_len=plan.seq_len,
-                    num_predicted=count,
-                    bos=False,
-                    data=plan.recipe.evaluate.data,
-                )
-            )
-            stage.advance(name, perplexity=value)
+            answer = question.answer(*loss)
+            found[name] = asdict(answer)
+            if name == "dense" and answer.warning:
+                progress.warn(answer.warning)
+            stage.advance(name, perplexity=answer.value)
     return found
 
 

@@ -15,7 +15,6 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from llmprune.arch.anatomy import family_of
 from llmprune.arch.miniature import miniature_model
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.skeleton import Skeleton, build_skeleton, read_config
@@ -43,7 +42,7 @@ def pico_model(model_type: str, *, tied: bool = True, seed: int = 0) -> Any:
     """Build a random miniature of a family in float32, with every bias away from zero."""
     grouped = {"num_key_value_heads": 8} if model_type in ("llama", "qwen3") else {}
     config = AutoConfig.for_model(model_type, tie_word_embeddings=tied, **grouped)
-    model = miniature_model(config, family_of(model_type), seed=seed)
+    model = miniature_model(config, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():

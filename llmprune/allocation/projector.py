@@ -64,13 +64,14 @@ def project(
     budget: Fraction | int,
     ties: Sequence[Sequence[str]] = (),
     multiple: int | None = None,
+    exact: bool = False,
 ) -> dict[str, int]:
     """Return how many units every site loses.
 
     Sites without ties or multiple lose their own share, rounded half up, when the shares add up to
-    the budget. Otherwise the removed cost is never below the budget: sites of one tie lose equally
-    many units, and a site that loses any keeps a multiple of `multiple`. At least one unit, or one
-    multiple, stays of every site.
+    the budget, or with `exact` when the rounded counts do. Otherwise the removed cost is never
+    below the budget: sites of one tie lose equally many units, and a site that loses any keeps a
+    multiple of `multiple`. At least one unit, or one multiple, stays of every site.
 
     Args:
         shares: the wished fraction of units to remove, by site.
@@ -79,6 +80,7 @@ def project(
         budget: what to remove, a Fraction of the total cost or an int of cost.
         ties: groups of sites with equal units that must keep equal widths.
         multiple: kept widths are multiples of it.
+        exact: roundings of many sites may not add up to more than the last unit.
 
     Raises:
         RecipeError: the budget is more than can be removed; says how much can.
@@ -95,7 +97,7 @@ def project(
     counts = [group.nearest(Fraction(0)) for group in groups]
     off = abs(_removed(groups, counts) - asked)
     plain = not ties and multiple is None
-    if not plain or 2 * off > sum(group.cost for group in groups):
+    if not plain or (off if exact else 2 * off > sum(group.cost for group in groups)):
         counts = _climb(groups, asked)
     return {site: counts[index] for site, index in _index_of_sites(groups, units).items()}
 
@@ -166,16 +168,31 @@ def _climb(groups: Sequence[_Group], asked: Fraction) -> list[int]:
 
 
 def _counts_below(groups: Sequence[_Group], asked: Fraction) -> list[int]:
-    """Return the counts at an offset just short of the budget, found by bisection."""
+    """Return the counts at an offset just short of the budget, found by bisection.
+
+    Groups of one size and wish, such as the experts of a model, are asked once for all.
+    """
+    alike: dict[tuple[Fraction, int], list[int]] = {}
+    for index, group in enumerate(groups):
+        alike.setdefault((group.share, group.units), []).append(index)
+
+    def counts_at(offset: Fraction) -> list[int]:
+        counts = [0] * len(groups)
+        for members in alike.values():
+            count = groups[members[0]].nearest(offset)
+            for index in members:
+                counts[index] = count
+        return counts
+
     low = -1 - max((group.share for group in groups), default=Fraction(0))  # removes nothing
     high = 2 - min((group.share for group in groups), default=Fraction(0))  # removes the most
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if _removed(groups, [group.nearest(middle) for group in groups]) < asked:
+        if _removed(groups, counts_at(middle)) < asked:
             low = middle
         else:
             high = middle
-    return [group.nearest(low) for group in groups]
+    return counts_at(low)
 
 
 def _removed(groups: Iterable[_Group], counts: Iterable[int]) -> int:

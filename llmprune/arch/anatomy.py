@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmprune.arch.table import FAMILIES
 from llmprune.arch.types import Coupling, Family, Linear, Tap, Unfuse
 from llmprune.base.errors import UnsupportedModel
 
+ROUTERS = re.compile(r"(^|\.)(gate|router|wg|gate_network|shared_expert_gate|router_weights)(\.|$)")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -21,30 +22,14 @@ class Anatomy:
     couplings: tuple[Coupling, ...]
 
 
-def family_of(model_type: str) -> Family:
-    """Return the row of a model type.
-
-    Raises:
-        UnsupportedModel: no row names this type.
-
-    >>> family_of("llama").blocks
-    'model.layers'
-    """
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family
-    known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
-    raise UnsupportedModel(
-        f"model type {model_type!r} has no row in the family table. Supported: {known}. "
-        "Add a Family row with its taps to llmprune/arch/table.py."
-    )
-
-
 def anatomy_of(family: Family, shapes: Shapes) -> Anatomy:
     """Return linears, taps and couplings of a block whose parameters have these shapes.
 
+    A block has those of its family's taps, readers and couplings whose linears it holds: blocks of
+    one model may differ in kind.
+
     Raises:
-        UnsupportedModel: a linear that the family's row names is not in the block.
+        UnsupportedModel: it holds none of them.
     """
     fused = {row.param: row for row in family.unfuse}
     linears: dict[str, Linear] = {}
@@ -55,22 +40,41 @@ def anatomy_of(family: Family, shapes: Shapes) -> Anatomy:
         elif param.endswith(".weight") and len(shape) == 2:
             name = param.removesuffix(".weight")
             linears[name] = Linear(name=name, param=param, shape=(shape[0], shape[1]))
-    num_experts = max(
-        (shapes[p][0] for p, row in fused.items() if row.stacked and p in shapes), default=0
-    )
-    taps = tuple(_expand(family.taps, num_experts))
+    taps = tuple(_present(family.taps, linears))
     read = {name for tap in taps for name in tap.readers}
-    if missing := sorted(read - linears.keys()):
+    if not read:
+        wanted = ", ".join(name for tap in family.taps for name in tap.readers)
         raise UnsupportedModel(
-            f"a block of family {family.model_types[0]!r} has no linear {missing[0]!r} "
+            f"a block of family {family.model_types[0]!r} has none of the linears {wanted} "
             f"(it has {', '.join(sorted(linears)) or 'none'}); the checkpoint's architecture "
             "differs from the row in llmprune/arch/table.py: add a row that names its taps."
         )
     return Anatomy(
         linears={name: linear for name, linear in linears.items() if name in read},
         taps=taps,
-        couplings=family.couplings,
+        couplings=tuple(
+            row for row in family.couplings if all(span.linear in read for span in row.spans)
+        ),
     )
+
+
+def left_out(anatomy: Anatomy, shapes: Shapes) -> dict[str, str]:
+    """Return the parameters of a block that are no part of a linear, with what they are."""
+    inside = {linear.param for linear in anatomy.linears.values()}
+    return {
+        param: _what_else(param, shape) for param, shape in shapes.items() if param not in inside
+    }
+
+
+def _what_else(param: str, shape: tuple[int, ...]) -> str:
+    """Say why a parameter is not eligible."""
+    if len(shape) < 2 or param.endswith("bias"):
+        return "norm, bias or scale"
+    if ROUTERS.search(param):
+        return "router"
+    if len(shape) > 2 and "conv" in param:
+        return "convolution"
+    return "not multiplied as a matrix"
 
 
 def _split(row: Unfuse, shape: tuple[int, ...]) -> dict[str, Linear]:
@@ -88,15 +92,26 @@ def _split(row: Unfuse, shape: tuple[int, ...]) -> dict[str, Linear]:
                 part=part,
                 num_parts=len(row.parts),
                 transposed=row.transposed,
+                interleaved=row.interleaved,
             )
     return found
 
 
-def _expand(taps: tuple[Tap, ...], num_experts: int) -> list[Tap]:
-    """Return the taps with one copy per expert where a name asks for it."""
+def _present(taps: tuple[Tap, ...], linears: Mapping[str, Linear]) -> list[Tap]:
+    """Return the taps whose readers are there, one copy per expert where a name asks for it."""
     found = []
     for tap in taps:
-        for expert in range(num_experts) if "{expert}" in tap.name else (0,):
+        for expert in _experts(tap, linears):
             readers = tuple(name.format(expert=expert) for name in tap.readers)
-            found.append(Tap(name=tap.name.format(expert=expert), readers=readers))
+            if present := tuple(name for name in readers if name in linears):
+                found.append(Tap(name=tap.name.format(expert=expert), readers=present))
     return found
+
+
+def _experts(tap: Tap, linears: Mapping[str, Linear]) -> list[int]:
+    """Return the experts that a tap's readers exist for; one number for a tap without experts."""
+    if "{expert}" not in tap.name:
+        return [0]
+    forms = [re.escape(name).replace(r"\{expert\}", r"(\d+)") for name in tap.readers]
+    matches = (re.fullmatch(form, name) for form in forms for name in linears)
+    return sorted({int(match[1]) for match in matches if match})

@@ -1,17 +1,80 @@
-"""The families that llmprune knows, one literal row each."""
+"""The families that llmprune knows, one literal row each.
+
+A tap lists all linears that read one activation in some variant of the family; a block has those
+that it holds. Where variants differ in who shares an input, linears have taps of their own.
+"""
 
 from __future__ import annotations
 
 from llmprune.arch.types import Coupling, Family, Span, Tap, Unfuse
 
-ATTENTION_TAPS = (
-    Tap(name="attn_in", readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+
+def alone(*linears: str) -> tuple[Tap, ...]:
+    """Return a tap for each linear."""
+    return tuple(Tap(name=f"{linear}.in", readers=(linear,)) for linear in linears)
+
+
+def expert_taps(path: str) -> tuple[Tap, ...]:
+    """Return the two taps of every expert of a gated mixture."""
+    return (
+        Tap(
+            name="experts.{expert}.in",
+            readers=(f"{path}.{{expert}}.gate_proj", f"{path}.{{expert}}.up_proj"),
+        ),
+        Tap(name="experts.{expert}.out", readers=(f"{path}.{{expert}}.down_proj",)),
+    )
+
+
+def stacked(
+    path: str, *, transposed: bool = False, interleaved: bool = False
+) -> tuple[Unfuse, ...]:
+    """Return how the experts' parameters of a gated mixture come apart."""
+    return (
+        Unfuse(
+            param=f"{path}.gate_up_proj",
+            parts=(f"{path}.{{expert}}.gate_proj", f"{path}.{{expert}}.up_proj"),
+            stacked=True,
+            transposed=transposed,
+            interleaved=interleaved,
+        ),
+        Unfuse(
+            param=f"{path}.down_proj",
+            parts=(f"{path}.{{expert}}.down_proj",),
+            stacked=True,
+            transposed=transposed,
+        ),
+    )
+
+
+def gated_taps(path: str, name: str = "ffn") -> tuple[Tap, ...]:
+    """Return the taps of a gated FFN."""
+    return (
+        Tap(name=f"{name}_in", readers=(f"{path}.gate_proj", f"{path}.up_proj")),
+        Tap(name=f"{name}_out", readers=(f"{path}.down_proj",)),
+    )
+
+
+def plain_ffn(config_key: str, wide: str, narrow: str, *, conv1d: bool = False) -> Coupling:
+    """Return the coupling of an FFN without gate: rows of one linear, columns of the next."""
+    sizes = (
+        ((wide, "nf"), (narrow, "nx"))
+        if conv1d
+        else ((wide, "out_features"), (narrow, "in_features"))
+    )
+    return Coupling(
+        name="ffn",
+        spans=(Span(linear=wide, axis="out"), Span(linear=narrow, axis="in")),
+        config_key=config_key,
+        module_sizes=sizes,
+    )
+
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+ATTENTION = (
+    Tap(name="attn_in", readers=QKV),
     Tap(name="attn_out", readers=("self_attn.o_proj",)),
 )
-GATED_FFN_TAPS = (
-    Tap(name="ffn_in", readers=("mlp.gate_proj", "mlp.up_proj")),
-    Tap(name="ffn_out", readers=("mlp.down_proj",)),
-)
+GATED = gated_taps("mlp")
 GATED_FFN = Coupling(
     name="ffn",
     spans=(
@@ -27,58 +90,67 @@ GATED_FFN = Coupling(
         ("mlp.down_proj", "in_features"),
     ),
 )
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-}
+QUERY_KEY_VALUE = (
+    "self_attention.query_key_value",
+    "self_attention.dense",
+    "mlp.dense_h_to_4h",
+    "mlp.dense_4h_to_h",
+)
 
 FAMILIES = (
     Family(
-        model_types=("llama",),
+        model_types=(
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "granite",
+            "llama",
+            "mistral",
+            "olmo2",
+            "olmo3",
+            "qwen2",
+            "qwen3",
+            "stablelm",
+        ),
         blocks="model.layers",
-        taps=ATTENTION_TAPS + GATED_FFN_TAPS,
+        taps=(*ATTENTION, *GATED),
         couplings=(GATED_FFN,),
-        shape_keys=SMALL,
     ),
     Family(
-        model_types=("qwen3",),
+        model_types=("cohere", "cohere2"),
         blocks="model.layers",
-        taps=ATTENTION_TAPS + GATED_FFN_TAPS,
+        taps=(
+            Tap(name="block_in", readers=(*QKV, "mlp.gate_proj", "mlp.up_proj")),
+            Tap(name="attn_out", readers=("self_attn.o_proj",)),
+            Tap(name="ffn_out", readers=("mlp.down_proj",)),
+        ),
         couplings=(GATED_FFN,),
-        shape_keys=SMALL,
-        kind_keys=("layer_types",),
     ),
     Family(
-        model_types=("gemma3_text",),
+        model_types=("phi3",),
         blocks="model.layers",
-        taps=ATTENTION_TAPS + GATED_FFN_TAPS,
-        couplings=(GATED_FFN,),
-        shape_keys=SMALL | {"sliding_window": 8, "query_pre_attn_scalar": 8},
-        kind_keys=("layer_types",),
+        taps=alone("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    ),
+    Family(
+        model_types=("starcoder2",),
+        blocks="model.layers",
+        taps=(*ATTENTION, *alone("mlp.c_fc", "mlp.c_proj")),
+        couplings=(plain_ffn("intermediate_size", "mlp.c_fc", "mlp.c_proj"),),
+    ),
+    Family(
+        model_types=("opt",),
+        blocks="model.decoder.layers",
+        taps=(Tap(name="attn_in", readers=QKV), *alone("self_attn.out_proj", "fc1", "fc2")),
+        couplings=(plain_ffn("ffn_dim", "fc1", "fc2"),),
     ),
     Family(
         model_types=("gpt2",),
         blocks="transformer.h",
         taps=(
             Tap(name="attn_in", readers=("attn.c_attn.q", "attn.c_attn.k", "attn.c_attn.v")),
-            Tap(name="attn_out", readers=("attn.c_proj",)),
-            Tap(name="ffn_in", readers=("mlp.c_fc",)),
-            Tap(name="ffn_out", readers=("mlp.c_proj",)),
+            *alone("attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
         ),
-        shape_keys={
-            "vocab_size": 64,
-            "n_embd": 32,
-            "n_inner": 64,
-            "n_layer": 2,
-            "n_head": 4,
-            "n_positions": 64,
-        },
+        couplings=(plain_ffn("n_inner", "mlp.c_fc", "mlp.c_proj", conv1d=True),),
         unfuse=(
             Unfuse(
                 param="attn.c_attn.weight",
@@ -91,29 +163,108 @@ FAMILIES = (
         ),
     ),
     Family(
-        model_types=("mixtral",),
+        model_types=("gptj",),
+        blocks="transformer.h",
+        taps=(
+            Tap(
+                name="block_in",
+                readers=("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in"),
+            ),
+            *alone("attn.out_proj", "mlp.fc_out"),
+        ),
+        couplings=(plain_ffn("n_inner", "mlp.fc_in", "mlp.fc_out"),),
+        returns=2,
+    ),
+    Family(
+        model_types=("gpt_neox",),
+        blocks="gpt_neox.layers",
+        taps=alone(
+            "attention.query_key_value",
+            "attention.dense",
+            "mlp.dense_h_to_4h",
+            "mlp.dense_4h_to_h",
+        ),
+        couplings=(plain_ffn("intermediate_size", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),),
+    ),
+    Family(
+        model_types=("falcon",),
+        blocks="transformer.h",
+        taps=alone(*QUERY_KEY_VALUE),
+        couplings=(plain_ffn("ffn_hidden_size", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),),
+        returns=2,
+    ),
+    Family(
+        model_types=("bloom",),
+        blocks="transformer.h",
+        taps=alone(*QUERY_KEY_VALUE),
+        returns=2,
+    ),
+    Family(
+        model_types=("mpt",),
+        blocks="transformer.blocks",
+        taps=alone("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj"),
+        returns=2,
+    ),
+    Family(
+        model_types=("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
         blocks="model.layers",
         taps=(
-            *ATTENTION_TAPS,
+            *ATTENTION,
+            *GATED,
+            *gated_taps("mlp.shared_expert", "shared"),
+            *expert_taps("mlp.experts"),
+        ),
+        unfuse=stacked("mlp.experts"),
+    ),
+    Family(
+        model_types=("gpt_oss",),
+        blocks="model.layers",
+        taps=(*ATTENTION, *expert_taps("mlp.experts")),
+        unfuse=stacked("mlp.experts", transposed=True, interleaved=True),
+    ),
+    Family(
+        model_types=("deepseek_v2", "deepseek_v3"),
+        blocks="model.layers",
+        taps=(
             Tap(
-                name="experts.{expert}.in",
-                readers=("mlp.experts.{expert}.gate_proj", "mlp.experts.{expert}.up_proj"),
+                name="attn_in",
+                readers=(
+                    "self_attn.q_proj",
+                    "self_attn.q_a_proj",
+                    "self_attn.kv_a_proj_with_mqa",
+                ),
             ),
-            Tap(name="experts.{expert}.out", readers=("mlp.experts.{expert}.down_proj",)),
+            *alone("self_attn.q_b_proj", "self_attn.kv_b_proj"),
+            Tap(name="attn_out", readers=("self_attn.o_proj",)),
+            *GATED,
+            *gated_taps("mlp.shared_experts", "shared"),
+            *expert_taps("mlp.experts"),
         ),
-        shape_keys=SMALL
-        | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-        unfuse=(
-            Unfuse(
-                param="mlp.experts.gate_up_proj",
-                parts=("mlp.experts.{expert}.gate_proj", "mlp.experts.{expert}.up_proj"),
-                stacked=True,
-            ),
-            Unfuse(
-                param="mlp.experts.down_proj",
-                parts=("mlp.experts.{expert}.down_proj",),
-                stacked=True,
-            ),
+        unfuse=stacked("mlp.experts"),
+    ),
+    Family(
+        model_types=("jamba",),
+        blocks="model.layers",
+        taps=(
+            *alone("mamba.in_proj", "mamba.x_proj", "mamba.out_proj"),
+            *ATTENTION,
+            *gated_taps("feed_forward"),
+            *expert_taps("feed_forward.experts"),
         ),
+        unfuse=stacked("feed_forward.experts"),
+    ),
+    Family(
+        model_types=("mamba",),
+        blocks="backbone.layers",
+        taps=alone("mixer.in_proj", "mixer.x_proj", "mixer.out_proj"),
     ),
 )
+
+
+def row_of(model_type: str) -> Family | None:
+    """Return the row of a model type, if there is one.
+
+    >>> row_of("llama").blocks
+    'model.layers'
+    """
+    return next((row for row in FAMILIES if model_type in row.model_types), None)

@@ -5,8 +5,7 @@ All names of linears are relative to their block (`self_attn.q_proj`); O = out, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -66,31 +65,35 @@ class Coupling:
 class Unfuse:
     """How one parameter of a block splits into 2-D linears.
 
-    `parts` are the names of the equal parts along the output axis; a name may hold `{expert}` when
-    the parameter stacks one matrix per expert on its first axis; `transposed` matrices are (I, O).
+    `parts` are the names of the equal parts along the output axis, one after the other or, where
+    `interleaved`, in turn; a name may hold `{expert}` when the parameter stacks one matrix per
+    expert on its first axis; `transposed` matrices are (I, O).
     """
 
     param: str
     parts: tuple[str, ...]
     transposed: bool = False
     stacked: bool = False
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One row of the family table.
+    """One row of the family table, or what the probe found of a family that has none.
 
-    `shape_keys` maps config keys to the values of a miniature; `kind_keys` are the config keys that
-    give each block its kind, one entry per block.
+    `blocks` is the path of the list of blocks. Taps and couplings of all kinds of block stand side
+    by side: a block has those whose linears it holds. `returns` is the length of the tuple that a
+    block's forward returns, hidden states first; 0 where it returns these alone. `seen` is set by
+    the probe: the parameters of the blocks it has looked at.
     """
 
     model_types: tuple[str, ...]
     blocks: str
     taps: tuple[Tap, ...]
     couplings: tuple[Coupling, ...] = ()
-    shape_keys: Mapping[str, object] = field(default_factory=dict)
-    kind_keys: tuple[str, ...] = ()
     unfuse: tuple[Unfuse, ...] = ()
+    returns: int = 0
+    seen: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +107,13 @@ class Linear:
     part: int = 0
     num_parts: int = 1
     transposed: bool = False
+    interleaved: bool = False
 
     def view(self, param: Tensor) -> Tensor:
         """Return this linear's weight_OI as a view of its parameter."""
         matrix = self.matrix(param)
+        if self.interleaved:
+            return matrix[self.part :: self.num_parts]
         rows = matrix.shape[0] // self.num_parts
         return matrix[self.part * rows : (self.part + 1) * rows]
 

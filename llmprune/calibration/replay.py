@@ -17,8 +17,6 @@ from llmprune.base.errors import UnsupportedModel
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Replace = Callable[[int, "Tensor"], "Tensor"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
@@ -49,11 +47,12 @@ def patched(blocks: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterato
 
 
 def capture(
-    model: Any, blocks: Sequence[nn.Module], ids_BT: Tensor
+    model: Any, blocks: Sequence[nn.Module], ids_BT: Tensor, *, returns: int = 0
 ) -> tuple[Tensor, list[Arguments]]:
     """Embed token ids; return the hidden_BTD of block 0 and the arguments of every block.
 
-    Needs the embeddings only: blocks, final norm and head may be on meta.
+    Needs the embeddings only: blocks, final norm and head may be on meta. `returns` is the
+    family's.
     """
     seen: list[Arguments] = []
     first: list[Tensor] = []
@@ -65,7 +64,7 @@ def capture(
         seen.append(Arguments(args=args, kwargs=kwargs))
         if index == len(blocks) - 1:
             raise _Done
-        return hidden
+        return _as(returns, hidden)
 
     with patched(blocks, record), suppress(_Done):
         model(input_ids=ids_BT, use_cache=False)
@@ -77,24 +76,35 @@ def capture(
     return first[0], seen
 
 
-def head(model: Any, blocks: Sequence[nn.Module], hidden_BTD: Tensor) -> Tensor:
+def head(
+    model: Any, blocks: Sequence[nn.Module], hidden_BTD: Tensor, *, returns: int = 0
+) -> Tensor:
     """Return the logits of hidden states after all blocks, by the model's own last steps.
 
     Needs what follows the blocks (and position tables), not the token embeddings.
     """
 
-    def skip(index: int, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_BTD
+    def skip(index: int, *args: Any, **kwargs: Any) -> Any:
+        return _as(returns, hidden_BTD)
 
+    width = model.get_input_embeddings().weight.shape[-1]
+    embeds = hidden_BTD  # what the blocks would be given; any values do, of the embeddings' width
+    if width != hidden_BTD.shape[-1] or hidden_BTD.dim() != 3:
+        embeds = hidden_BTD.new_zeros((*hidden_BTD.shape[-3:-1], width))
     with patched(blocks, skip):
-        logits: Tensor = model(inputs_embeds=hidden_BTD, use_cache=False).logits
+        logits: Tensor = model(inputs_embeds=embeds, use_cache=False).logits
     return logits
+
+
+def _as(returns: int, hidden_BTD: Tensor) -> Any:
+    """Return hidden states in the form that a block returns them."""
+    return (hidden_BTD, *[None] * (returns - 1)) if returns else hidden_BTD
 
 
 def call(block: nn.Module, hidden_BTD: Tensor, arguments: Arguments) -> Tensor:
     """Run one block on hidden states with its own arguments."""
     output = block(hidden_BTD, *arguments.args, **arguments.kwargs)
-    result: Tensor = output[0] if isinstance(output, tuple) else output
+    result: Tensor = output[0] if isinstance(output, tuple | list) else output
     return result
 
 
@@ -109,26 +119,34 @@ def split_hidden(
 
 
 def same(left: Any, right: Any) -> bool:
-    """Tell whether two arguments are equal: tensors by value, containers item by item."""
+    """Tell whether two arguments are equal: tensors by value, containers item by item.
+
+    Two empty mappings are not: blocks may leave in one what other blocks of the same batch read.
+    """
     import torch
 
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
         return left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, Arguments) and isinstance(right, Arguments):
-        return same(left.args, right.args) and same(left.kwargs, right.kwargs)
+        return same(left.args, right.args) and same(
+            sorted(left.kwargs.items()), sorted(right.kwargs.items())
+        )
     if isinstance(left, (tuple, list)) and isinstance(right, (tuple, list)):
         return len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+        if left is right or not left or left.keys() != right.keys():
+            return left is right
+        return all(same(left[key], right[key]) for key in left)
     return left is right or bool(left == right)
 
 
-def check_replay(model: Any, blocks: Sequence[nn.Module], seq_len: int) -> None:
+def check_replay(
+    model: Any, blocks: Sequence[nn.Module], seq_len: int, *, returns: int = 0
+) -> None:
     """Check on a miniature model that blocks replayed with recorded arguments equal a forward.
 
     Arguments are recorded anew for every batch, so what differs between batches needs no guess.
-    What
-    a block computes for another one is not seen by blocks patched to identity, and shows here.
+    What a block computes for another one is not seen by blocks patched to identity, and shows here.
 
     Raises:
         UnsupportedModel: they differ; names the argument that a block computes for another block.
@@ -136,21 +154,28 @@ def check_replay(model: Any, blocks: Sequence[nn.Module], seq_len: int) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    vocab = model.config.get_text_config().vocab_size
-    batch = torch.randint(0, vocab, (2, seq_len), generator=generator)
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    batches = torch.randint(0, vocab, (2, 2, seq_len), generator=generator)
     with torch.no_grad():
-        expected = model(input_ids=batch, use_cache=False).logits
-        real = _arguments_of(model, blocks, batch)
-        hidden, arguments = capture(model, blocks, batch)
-        for block, own in zip(blocks, arguments, strict=True):
-            hidden = call(block, hidden, own)
-        logits = head(model, blocks, hidden)
-    if torch.allclose(logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max())):
+        expected = [model(input_ids=batch, use_cache=False).logits for batch in batches]
+        real = _arguments_of(model, blocks, batches[0])
+        try:
+            logits, arguments = _replay(model, blocks, batches, returns)
+        except UnsupportedModel:
+            raise
+        except Exception as error:  # any line of any model may want what only a forward has
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UnsupportedModel(
+                f"{type(model).__name__} cannot be walked block by block: with the blocks run one "
+                f"at a time it fails ({type(error).__name__}: {first}). This family needs a walk "
+                "of its own."
+            ) from error
+    if all(_close(ours, theirs) for ours, theirs in zip(logits, expected, strict=True)):
         return
     differing = sorted(
         {
             name
-            for own, other in zip(arguments, real, strict=True)
+            for own, other in zip(arguments[0], real, strict=True)
             for name in own.kwargs.keys() | other.kwargs.keys()
             if not same(own.kwargs.get(name), other.kwargs.get(name))
         }
@@ -160,6 +185,35 @@ def check_replay(model: Any, blocks: Sequence[nn.Module], seq_len: int) -> None:
         f"{', '.join(differing) or 'the output'} differs from a normal forward, because one block "
         "computes it for another. This family needs a walk of its own."
     )
+
+
+def _replay(
+    model: Any, blocks: Sequence[nn.Module], batches: Tensor, returns: int
+) -> tuple[list[Tensor], list[list[Arguments]]]:
+    """Return the logits of batches that go through the blocks together, and the arguments used."""
+    hidden: list[Tensor] = []
+    kept: list[list[Arguments]] = []
+    for ids_BT in batches:
+        first, arguments = capture(model, blocks, ids_BT, returns=returns)
+        hidden.append(first)
+        kept.append(shared(arguments, kept))
+    for index, block in enumerate(blocks):
+        for batch, arguments in enumerate(kept):
+            hidden[batch] = call(block, hidden[batch], arguments[index])
+    return [head(model, blocks, value, returns=returns) for value in hidden], kept
+
+
+def shared(arguments: list[Arguments], kept: Sequence[list[Arguments]]) -> list[Arguments]:
+    """Return the first micro-batch's arguments where these equal them, else the arguments."""
+    return next((old for old in kept[:1] if same(old, arguments)), arguments)
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    """Tell whether logits agree to rounding."""
+    import torch
+
+    within = 1e-5 * float(theirs.abs().max())
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=0, atol=within)
 
 
 def _arguments_of(model: Any, blocks: Sequence[nn.Module], ids_BT: Tensor) -> list[Arguments]:

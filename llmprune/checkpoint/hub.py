@@ -38,7 +38,7 @@ def open_hub(model: str, revision: str | None) -> Source:
         try:
             info = HfApi().model_info(model, revision=revision, files_metadata=True)
         except Exception as error:
-            if (cached := _cached(model, revision)) is not None and _is_connection(error):
+            if (cached := _cached(model, revision)) is not None and is_connection(error):
                 return cached
             raise
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
@@ -109,7 +109,7 @@ def _cached(model: str, revision: str | None) -> Source | None:
         return None
 
 
-def _is_connection(error: Exception) -> bool:
+def is_connection(error: Exception) -> bool:
     """Tell whether an error means that the Hub could not be reached."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -160,12 +160,12 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
             f"--model {model}: no such folder, and not a Hub id of the form owner/name."
         ) from None
     except Exception as error:
-        if isinstance(error, HfHubHTTPError) and not _is_connection(error):
+        if isinstance(error, HfHubHTTPError) and not is_connection(error):
             raise CheckpointError(
                 f"the Hub answered {error.response.status_code} for {model}. Try again later, log "
                 "in with `hf auth login`, or give a local folder."
             ) from None
-        if not _is_connection(error):
+        if not is_connection(error):
             raise
         raise CheckpointError(
             f"{model} is no local folder, the Hub cannot be reached for it "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.arch.anatomy import family_of
+from llmprune.arch.probe import find_family
 from llmprune.arch.types import Family
 from llmprune.base.errors import CheckpointError, UnsupportedModel
 
@@ -99,7 +100,7 @@ def build_skeleton(
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    family = family_of(config.model_type)
+    family = find_family(config, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     try:
         with init_empty_weights():
@@ -119,7 +120,36 @@ def build_skeleton(
             f"{type(model).__name__} has no blocks at {family.blocks!r}, where the row of "
             f"{config.model_type!r} in llmprune/arch/table.py expects them."
         ) from None
+    _check_blocks(model, family)
     return Skeleton(model=model.eval().requires_grad_(False), family=family)
+
+
+def _check_blocks(model: Any, family: Family) -> None:
+    """Check that no two blocks share a parameter, and that none has what the probe has not seen.
+
+    Raises:
+        UnsupportedModel: they do.
+    """
+    owner: dict[int, int] = {}
+    for index, block in enumerate(model.get_submodule(family.blocks)):
+        for name, value in block.named_parameters():
+            if owner.setdefault(id(value), index) != index:
+                raise UnsupportedModel(
+                    f"blocks {owner[id(value)]} and {index} of {type(model).__name__} share "
+                    f"{name!r}: a parameter that serves several blocks cannot be pruned block by "
+                    "block."
+                )
+            if family.seen is not None and _template(name) not in family.seen:
+                raise UnsupportedModel(
+                    f"block {index} of {type(model).__name__} has a parameter {name!r}, which its "
+                    "miniature lacks, so what it reads is not known. Name the family's taps in a "
+                    "row of llmprune/arch/table.py."
+                )
+
+
+def _template(name: str) -> str:
+    """Return the name of a parameter in the first of the modules it belongs to (experts)."""
+    return re.sub(r"\bexperts\.\d+\.", "experts.0.", name)
 
 
 def use_eager_experts(model: Any) -> None:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmprune.arch.limits import longest_sequence
 from llmprune.base.errors import CheckpointError, WontLoad
 from llmprune.checkpoint.sink import write_json, write_tensors
 from llmprune.checkpoint.skeleton import build_skeleton, read_config
@@ -86,7 +87,8 @@ def pass_gate(
     with tempfile.TemporaryDirectory(prefix=".gate-", dir=folder) as scratch:
         ours = Path(scratch) / "ours.safetensors"
         _write_logits(blocks, tokens, ours)
-        loaded = _load_stock(folder, Path(scratch), tokens, device, dtype, trust_remote_code)
+        size = sum(entry.num_params for entry in written.entries.values()) * dtype.itemsize
+        loaded = _load_stock(folder, Path(scratch), tokens, device, dtype, trust_remote_code, size)
         _check_keys(folder, loaded, _unused_in_source(folder))
         agreement = compare(ours, Path(scratch) / "stock.safetensors", str(dtype))
     if not agreement.passed:
@@ -110,8 +112,8 @@ def gate_tokens(config: Any) -> Tensor:
     """Return the two fixed rows of token ids, shorter only where the model takes fewer."""
     import torch
 
-    text = config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or TOKENS
+    text = config.get_text_config(decoder=True)
+    longest = longest_sequence(config) or TOKENS
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, text.vocab_size, (ROWS, min(TOKENS, longest)), generator=generator)
 
@@ -134,8 +136,15 @@ def _load_stock(
     device: torch.device,
     dtype: torch.dtype,
     trust_remote_code: bool,
+    size: int,
 ) -> dict[str, Any]:
-    """Load the folder with `from_pretrained` in a fresh process; return its loading info."""
+    """Load the folder with `from_pretrained` in a fresh process; return its loading info.
+
+    Weights stay on disk until a module asks for them. Some models take their weights in other ways,
+    which that cannot serve: these are loaded whole, where their `size` in bytes fits the memory.
+    """
+    import psutil
+
     job = {
         "folder": str(folder.resolve()),
         "scratch": str(scratch.resolve()),
@@ -144,6 +153,16 @@ def _load_stock(
         "dtype": str(dtype).removeprefix("torch."),
         "trust_remote_code": trust_remote_code,
     }
+    reason = _run_stock(scratch, job | {"on_disk": True})
+    if reason and size < psutil.virtual_memory().available:
+        reason = _run_stock(scratch, job | {"on_disk": False})
+    if reason:
+        raise WontLoad(f"{folder} does not load with from_pretrained: {reason}")
+    return read_json(scratch / "loaded.json")
+
+
+def _run_stock(scratch: Path, job: Mapping[str, Any]) -> str | None:
+    """Run the loading script in a fresh process; return why it failed, if it did."""
     write_json(scratch / "job.json", job)
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
@@ -157,10 +176,9 @@ def _load_stock(
         env=environment,
         check=False,
     )
-    if process.returncode:
-        reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
-        raise WontLoad(f"{folder} does not load with from_pretrained: {reason}")
-    return read_json(scratch / "loaded.json")
+    if not process.returncode:
+        return None
+    return (process.stderr.strip().splitlines() or ["no message"])[-1]
 
 
 def _unused_in_source(folder: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """Runs alone in a fresh process: load a folder as any user would, and write its logits.
 
-Nothing of llmprune is imported, so what is proven does not depend on it. Weights stay on disk until
-a module needs them, so a model larger than memory loads as well.
+Nothing of llmprune is imported, so what is proven does not depend on it. With `on_disk` weights
+stay on disk until a module needs them, so a model larger than memory loads as well.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ def main(job_file: str) -> None:
     logging.disable_progress_bar()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     scratch = Path(job["scratch"])
+    placed: dict[str, Any] = {}
+    if job["on_disk"]:
+        placed = {"device_map": {"": "disk"}, "offload_folder": str(scratch / "offload")}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         job["folder"],
         dtype=getattr(torch, job["dtype"]),
-        device_map={"": "disk"},
-        offload_folder=str(scratch / "offload"),
+        **placed,
         output_loading_info=True,
         trust_remote_code=job["trust_remote_code"],
     )

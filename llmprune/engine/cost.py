@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmprune.allocation.threshold import BYTES_PER_BIN, TYPICAL_BINS
 from llmprune.base.errors import RecipeError, TooLarge
 from llmprune.base.memory import anonymous_bytes, parse_size
 from llmprune.calibration.hidden import Place
@@ -46,10 +47,28 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What is read before the first cut: how often, of how many ranked linears, with tokens or not.
+
+    A ranked linear leaves a histogram until all are seen.
+    """
+
+    num_reads: int
+    num_linears: int
+    forward: bool
+
+    @property
+    def held_bytes(self) -> int:
+        """Return the size of all histograms."""
+        return self.num_linears * TYPICAL_BINS * BYTES_PER_BIN
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The cost of a run, as the plan prints it."""
+    """The cost of a run, as the plan prints it; `survey_seconds` is not part of `cut_seconds`."""
 
     micro_batch: int
+    statistics_bytes: int
     place: Place
     host_peak: int
     device_peak: int
@@ -57,6 +76,8 @@ class Estimate:
     out_bytes: int
     disk_bytes: int
     read_bytes: int
+    num_reads: int
+    survey_seconds: float
     cut_seconds: float
     evaluate_seconds: float
     resume_seconds: float
@@ -75,8 +96,13 @@ def estimate(
     removed_bytes: int,
     converted_params: int,
     rate: float,
+    survey: Survey | None = None,
+    statistics_bytes: int = 0,
 ) -> Estimate:
     """Estimate a run; `itemsize` is that of the dtype that blocks are held in, `rate` in FLOP/s.
+
+    `statistics_bytes` is what the statistics of the largest block take up; where that is more than
+    a quarter of what may be used, the block is observed in rounds.
 
     Raises:
         TooLarge: it does not fit the memory that there is, or that --max-memory allows.
@@ -91,11 +117,12 @@ def estimate(
     micro = micro if forward else 1
     hidden = num_samples * seq_len * shape.hidden_size * itemsize if forward else 0
     activations = micro * seq_len * per_token if forward else 0
+    learnt = min(statistics_bytes, max(ACTIVATIONS, device_budget // 4))
     block = shape.block_params * itemsize
     at_once = min(torch.get_num_threads() * shape.largest_linear, shape.block_params)
     deciding = at_once * (4 + 4 + 2)  # score, its copy for the k-th value, masks
     working = max(
-        block + max(activations, deciding + shape.largest_shard),
+        block + learnt + max(activations, deciding + shape.largest_shard),
         (shape.entrance_params * itemsize if forward else 0) + activations,
         shape.exit_params * itemsize + 3 * LOGITS * 4 if eval_tokens else 0,
     )
@@ -104,6 +131,7 @@ def estimate(
     alone = 2 * max(shape.exit_params, shape.largest_linear) * 4  # one module at a time, and a copy
     gate = base + max(shape.block_params * 4 + activations, GATE_LIBRARIES + alone)
     fixed = base + (working if on_host else shape.largest_shard + deciding)
+    fixed += survey.held_bytes if survey else 0
     if place == "host" and fixed + hidden > host_budget:
         place = "disk"
     host = max(fixed + (hidden if place == "host" else 0), gate)
@@ -114,9 +142,12 @@ def estimate(
     gate_disk = converted_params * 4  # tensors that change shape on load are laid out anew
     flops = 2 * shape.linear_params * shape.num_blocks
     tokens = num_samples * seq_len if forward else 0
+    reads = survey.num_reads if survey else 0
+    passing = 1.85 * flops * tokens / rate if survey and survey.forward else 0.0
     head = 2 * shape.exit_params
     return Estimate(
         micro_batch=micro,
+        statistics_bytes=learnt,
         place=place,
         host_peak=host,
         device_peak=on_device,
@@ -125,7 +156,9 @@ def estimate(
         disk_bytes=shape.stored_bytes
         - removed_bytes
         + max(hidden if place == "disk" else 0, gate_disk),
-        read_bytes=shape.stored_bytes,
+        read_bytes=shape.stored_bytes * (1 + reads),
+        num_reads=1 + reads,
+        survey_seconds=reads * (passing + shape.stored_bytes / WEIGHT_RATE),
         cut_seconds=1.85 * flops * tokens / rate + shape.stored_bytes / WEIGHT_RATE,
         evaluate_seconds=2 * (flops + head) * eval_tokens / rate,
         resume_seconds=flops * tokens / rate,

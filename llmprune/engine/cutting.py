@@ -21,7 +21,7 @@ from llmprune.engine.plan import Plan
 from llmprune.engine.solving import EMPTY, Cutter, Outcome
 from llmprune.walk.block import Block, Blocks
 from llmprune.walk.forward import Stream, advance, check_activation
-from llmprune.walk.observation import Seen, observe
+from llmprune.walk.observation import Seen, in_rounds, observe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,24 +117,14 @@ def _cut_block(
     """Observe, decide and commit one block, then pass the hidden states through what is stored."""
     seconds: dict[str, float] = {}
     outcome = Outcome()
-    seen: Seen | None = None
     first = None if stream is None else stream.hidden.get(0, blocks.device).clone()
     with blocks.open(index) as block:
         masks = prior(index)
         for site in (site for group in plan.groups[index] for site in group.sites):
             for span in site.spans:
                 block.check_finite(span.linear)
-        with _timed(seconds, "observe"):
-            if stream is not None:
-                dense = plan.prune.propagate == "dense"
-                seen = observe(block, stream, plan.needs(index), dense=dense)
-                return_freed()
+        dense_output = _decide(plan, cutter, block, stream, masks, outcome, seconds)
         with _timed(seconds, "solve"):
-            for group in plan.groups[index]:
-                stats = seen.stats[group.tap] if seen else EMPTY
-                cutter.cut(group, block, stats, masks, outcome)
-                if sum(site.num_weights for site in group.sites) > LARGE_PIECE:
-                    return_freed()
             outcome.carry(masks)
         with _timed(seconds, "write"):
             redo = None if cutter.updates else partial(cutter.redo, outcome=outcome)
@@ -142,8 +132,8 @@ def _cut_block(
     peak = anonymous_bytes()
     error = None
     with _timed(seconds, "advance"):
-        if stream is not None and seen is not None and first is not None:
-            error = _advance(plan, blocks, stream, index, seen.dense_output, first, more)
+        if stream is not None and dense_output is not None and first is not None:
+            error = _advance(plan, blocks, stream, index, dense_output, first, more)
     removed = sum(int(str(row["removed_weights"])) for row in outcome.rows)
     weights = sum(int(str(row["weights"])) for row in outcome.rows)
     return keeper.keep(
@@ -158,6 +148,40 @@ def _cut_block(
             "memory": max(peak, anonymous_bytes()),
         },
     )
+
+
+def _decide(
+    plan: Plan,
+    cutter: Cutter,
+    block: Block,
+    stream: Stream | None,
+    masks: Prior,
+    outcome: Outcome,
+    seconds: dict[str, float],
+) -> Tensor | None:
+    """Observe and cut the groups of a block, in as many rounds as their statistics need.
+
+    All rounds see the block as it was: with more than one, new weights wait until the last.
+    Returns the dense output of the first micro-batch, where tokens flow.
+    """
+    rounds = in_rounds(block.anatomy, plan.needs(block.index), plan.estimate.statistics_bytes)
+    changed = block.holding() if len(rounds) > 1 else block
+    seen: Seen | None = None
+    for needs in rounds:
+        with _timed(seconds, "observe"):
+            if stream is not None:
+                dense = plan.prune.propagate == "dense" and needs is rounds[-1]
+                seen = observe(block, stream, needs, dense=dense)
+                return_freed()
+        with _timed(seconds, "solve"):
+            for group in plan.groups[block.index]:
+                if seen is None or group.tap in needs:
+                    stats = seen.stats[group.tap] if seen else EMPTY
+                    cutter.cut(group, changed, stats, masks, outcome)
+                    if sum(site.num_weights for site in group.sites) > LARGE_PIECE:
+                        return_freed()
+    changed.settle()
+    return seen.dense_output if seen else None
 
 
 def _advance(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune import __version__
-from llmprune.calibration.text import token_hash
+from llmprune.calibration.windows import token_hash
 from llmprune.checkpoint.sink import copy_side_files, shard_name, write_json
 from llmprune.checkpoint.skeleton import build_skeleton, read_config
 from llmprune.checkpoint.source import read_json
@@ -127,6 +127,8 @@ def what_fixes(opened: Opened, tokens: Tensor | None) -> dict[str, Any]:
     asked: dict[str, Any] = {"steps": [{"prune": plan.prune.model_dump(mode="json")}]}
     if plan.forward:
         asked |= {key: wish[key] for key in ("calibration", "seed")}
+    elif plan.draws:
+        asked |= {"seed": wish["seed"]}
     source = {
         "name": opened.source.name,
         "folder": str(opened.source.folder.resolve()),

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune.arch.anatomy import family_of
 from llmprune.arch.miniature import SEQ_LEN, miniature_model
 from llmprune.base.errors import CheckpointError, RecipeError
 from llmprune.calibration.replay import check_replay
@@ -120,9 +119,9 @@ def open_plan(recipe: Recipe) -> Opened:
         ),
     )
     if plan.forward:
-        family = blocks.skeleton.family
-        small = miniature_model(blocks.model.config, family)
-        check_replay(small, small.get_submodule(family.blocks), SEQ_LEN)
+        small = miniature_model(blocks.model.config, trust_remote_code=recipe.trust_remote_code)
+        modules = small.get_submodule(blocks.family.blocks)
+        check_replay(small, modules, SEQ_LEN, returns=blocks.family.returns)
     else:
         blocks = replace(blocks, dtype=None)
     return Opened(source=source, blocks=blocks, plan=plan)
@@ -145,7 +144,7 @@ def open_blocks(
 def anatomies_of(blocks: Any) -> Anatomies:
     """Return the shapes of a model, streamed or in memory."""
     model = blocks.model
-    inside = family_of(model.config.model_type).blocks + "."
+    inside = blocks.family.blocks + "."
     return Anatomies(
         model_type=model.config.model_type,
         prefixes=tuple(f"{inside}{index}." for index in range(len(blocks))),

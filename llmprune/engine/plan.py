@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from llmprune.allocation import ALLOCATIONS
-from llmprune.allocation.projector import default_multiple, project
+from llmprune.arch.limits import longest_sequence
 from llmprune.arch.types import Site
 from llmprune.base.errors import RecipeError
 from llmprune.catalog import METHODS, Method
+from llmprune.engine.amounts import allocate, choose_allocation, num_pruned, survey_cost
 from llmprune.engine.cost import Estimate, Shape, estimate, measure_rate
 from llmprune.engine.sites import Group, all_sites, groups_of, is_skipped
 from llmprune.engine.solving import Cutter
-from llmprune.mask.counts import exact_sparsity
-from llmprune.mask.pattern import Channels, NofM, Pattern, parse_pattern
+from llmprune.mask.pattern import (
+    Channels,
+    GroupName,
+    Pattern,
+    Unstructured,
+    parse_pattern,
+)
 from llmprune.score import SCORES
 from llmprune.solver import SOLVERS
+from llmprune.walk.observation import statistics_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -53,23 +59,28 @@ class Anatomies:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
-    """A run that is fully decided; its repr is the table of --dry-run."""
+    """A run that is fully decided; its repr is the table of --dry-run.
+
+    `counts` is None where they follow from a survey, which `with_profiles` completes the plan by.
+    """
 
     recipe: Recipe
     source_name: str
     out: str | None
     method: Method
     pattern: Pattern
-    group: Literal["row", "matrix"]
+    group: GroupName
+    allocation: str
     form: str
     tier: str
     groups: tuple[tuple[Group, ...], ...]
     prefixes: tuple[str, ...]
-    counts: Mapping[str, int]
+    counts: Mapping[str, int] | None
     eligible: int
     num_params: int
     skipped: tuple[Skipped, ...]
     cut_needs: tuple[str, ...]
+    survey_needs: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
     seq_len: int
@@ -90,7 +101,12 @@ class Plan:
     @property
     def forward(self) -> bool:
         """Tell whether tokens flow: not for methods that look at weights alone."""
-        return bool(self.cut_needs)
+        return bool(self.cut_needs or self.survey_needs)
+
+    @property
+    def draws(self) -> bool:
+        """Tell whether masks follow from the seed, also where no text is drawn with it."""
+        return "seed" in SCORES[self.method.score].needs
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -99,7 +115,10 @@ class Plan:
     @property
     def removed(self) -> int:
         """Return the number of weights that will be removed."""
-        return sum(self.counts[site.name] * site.unit_cost for site in self.sites)
+        sites = self.sites
+        if self.counts is None:
+            return num_pruned(self.prune, sites) * sites[0].unit_cost
+        return sum(self.counts[site.name] * site.unit_cost for site in sites)
 
     @property
     def sparsity(self) -> float:
@@ -108,22 +127,41 @@ class Plan:
 
     def needs(self, index: int) -> dict[str, tuple[str, ...]]:
         """Return the statistics that each tap of a block must give."""
-        return {group.tap: self.cut_needs for group in self.groups[index]} if self.forward else {}
+        return {group.tap: self.cut_needs for group in self.groups[index]} if self.cut_needs else {}
+
+    def with_profiles(self, profiles: Mapping[str, torch.Tensor]) -> Plan:
+        """Return the plan with the counts that follow from a survey."""
+        counts = allocate(
+            self.prune,
+            self.allocation,
+            self.pattern,
+            self.sites,
+            self.eligible,
+            profiles=profiles,
+        )
+        return replace(self, counts=counts)
 
     def cutter(self) -> Cutter:
-        """Return what decides each group."""
+        """Return what decides each group; the counts must be known."""
+        assert self.counts is not None
         return Cutter(
             method=self.method,
             pattern=self.pattern,
             group=self.group,
             shrink=self.form == "shrunk",
             counts=self.counts,
+            seed=self.recipe.seed,
         )
 
     def __repr__(self) -> str:
         from llmprune.engine.plan_table import plan_text
 
         return plan_text(self)
+
+    def _repr_html_(self) -> str:
+        from llmprune.engine.plan_table import plan_html
+
+        return plan_html(self)
 
 
 def make_plan(
@@ -151,8 +189,11 @@ def make_plan(
     step = recipe.prune
     method = METHODS[step.method]
     pattern = parse_pattern(step.pattern)
+    allocation = choose_allocation(step, method, pattern)
+    profile = ALLOCATIONS[allocation].profile
     form = decide_form(step, pattern)
-    cut_needs = tuple(dict.fromkeys(SCORES[method.score].needs + SOLVERS[method.solver].needs))
+    cut_needs = tuple(dict.fromkeys(SCORES[method.score].learnt + SOLVERS[method.solver].needs))
+    survey_needs = profile.needs if profile else ()
     groups = tuple(
         groups_of(pattern, anatomy, block=index, prefix=prefix, skip=step.skip)
         for index, (anatomy, prefix) in enumerate(
@@ -164,11 +205,11 @@ def make_plan(
     skipped, eligible = _skipped(anatomies, step, sites)
     if not sites:
         raise RecipeError(f"prune.skip: {list(step.skip)} leaves nothing to prune; skip less.")
-    counts = allocate(step, method, pattern, sites, eligible)
+    counts = allocate(step, allocation, pattern, sites, eligible)
     num_samples = recipe.calibration.num_samples
     seq_len = sequence_length(recipe, config)
-    forward = bool(cut_needs)
-    removed = sum(counts[site.name] * site.unit_cost for site in sites)
+    forward = bool(cut_needs or survey_needs)
+    removed = sum(counts[site.name] * site.unit_cost for site in sites) if counts else 0
     shape = _shape(anatomies, config, stored_bytes, storage_itemsize)
     itemsize = torch.empty((), dtype=dtype).element_size() if forward else storage_itemsize
     wants = recipe.evaluate if may_evaluate else None
@@ -185,14 +226,18 @@ def make_plan(
         removed_bytes=removed * storage_itemsize if form == "shrunk" else 0,
         converted_params=converted_params,
         rate=measure_rate(device, dtype),
+        survey=survey_cost(allocation, sites, storage_itemsize) if counts is None else None,
+        statistics_bytes=_statistics_bytes(anatomies, groups, cut_needs),
     )
+    group = step.group or method.group
     return Plan(
         recipe=recipe,
         source_name=source_name,
         out=out,
         method=method,
         pattern=pattern,
-        group=step.group or method.group,
+        group=group,
+        allocation=allocation,
         form=form,
         tier="E0",
         groups=groups,
@@ -202,13 +247,15 @@ def make_plan(
         num_params=_num_params(anatomies),
         skipped=skipped,
         cut_needs=cut_needs,
+        survey_needs=survey_needs,
         device=device,
         dtype=dtype,
         seq_len=seq_len,
         num_samples=num_samples,
         eval_windows=_windows(wants.perplexity if wants else False, windows, cost),
-        config_changes=_config_changes(groups, counts) if form == "shrunk" else {},
+        config_changes=_config_changes(groups, counts) if form == "shrunk" and counts else {},
         estimate=cost,
+        notes=_notes(step, group, pattern),
     )
 
 
@@ -244,46 +291,9 @@ def decide_form(step: PruneStep, pattern: Pattern) -> str:
     return "masked"
 
 
-def allocate(
-    step: PruneStep, method: Method, pattern: Pattern, sites: Sequence[Site], eligible: int
-) -> dict[str, int]:
-    """Return how many units each site loses.
-
-    Raises:
-        RecipeError: the asked share cannot be reached.
-    """
-    target = exact_sparsity(step.sparsity)
-    if isinstance(pattern, NofM):
-        target = pattern.sparsity or target
-        return {site.name: int(site.num_units * target) for site in sites}
-    units = {site.name: site.num_units for site in sites}
-    costs = {site.name: site.unit_cost for site in sites}
-    spread = ALLOCATIONS[method.allocation].fn
-    if not isinstance(pattern, Channels):
-        return project(spread(dict.fromkeys(units), target, None), units, costs, budget=target)
-    share = Fraction(target * eligible, sum(site.num_weights for site in sites))
-    if share >= 1:
-        most = sum(site.num_weights for site in sites) / eligible
-        raise RecipeError(
-            f"prune.sparsity: {step.sparsity:g} of the eligible weights is more than "
-            f"{step.pattern} holds ({most:.3f} of them). Ask for less, or leave the others out of "
-            "the count with --set 'prune.skip=[\"*self_attn*\"]'."
-        )
-    return project(
-        spread(dict.fromkeys(units), share, None),
-        units,
-        costs,
-        budget=share,
-        ties=[list(units)],
-        multiple=step.multiple or default_multiple(min(units.values())),
-    )
-
-
 def max_seq_len(config: Any) -> int | None:
     """Return the longest sequence that a model takes, where its config says so."""
-    text = config.get_text_config()
-    found: int | None = getattr(text, "max_position_embeddings", None)
-    return found or getattr(text, "n_positions", None)
+    return longest_sequence(config)
 
 
 def sequence_length(recipe: Recipe, config: Any) -> int:
@@ -375,10 +385,28 @@ def _shape(anatomies: Anatomies, config: Any, stored_bytes: int, storage_itemsiz
         exit_params=max(embeddings, default=0),
         hidden_size=reader.shape[1],
         widest=max(widths),
-        eager_heads=text.num_attention_heads if eager else 0,
+        eager_heads=(getattr(text, "num_attention_heads", None) or 0) if eager else 0,
         vocab_size=vocab,
         stored_bytes=stored_bytes,
         largest_shard=max([*sizes]) * storage_itemsize,
+    )
+
+
+def _notes(step: PruneStep, group: GroupName, pattern: Pattern) -> tuple[str, ...]:
+    """Return what a reader of the plan may not expect."""
+    if group == "mass" and not isinstance(pattern, Unstructured):
+        within = "their own groups" if ":" in step.pattern else "their row"
+        return (f"equal mass is for single weights; {step.pattern} competes within {within}",)
+    return ()
+
+
+def _statistics_bytes(
+    anatomies: Anatomies, groups: Sequence[Sequence[Group]], needs: tuple[str, ...]
+) -> int:
+    """Return what the statistics of the block that needs most take up."""
+    return max(
+        statistics_bytes(anatomy, {group.tap: needs for group in here})
+        for anatomy, here in zip(anatomies.blocks, groups, strict=True)
     )
 
 

@@ -5,32 +5,53 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from llmprune.base.markup import html_facts, html_folded, html_table
 from llmprune.base.progress import human_bytes, human_count, human_seconds
 from llmprune.base.text import columns, named_lines, ranges
+from llmprune.calibration.selection import calibration_texts, evaluation_data, name_of, place_of
 from llmprune.engine.cost import LIBRARIES
+from llmprune.mask.pattern import Tiles, Unstructured
 
 if TYPE_CHECKING:
     from llmprune.engine.plan import Plan
 
+SITES = ("site", "blocks", "units", "removed", "share")
+SKIPPED = ("not pruned", "parameters", "of model", "why")
+
 
 def plan_text(plan: Plan) -> str:
     """Return the plan as aligned lines: what, where, how much, how long, and how it will load."""
-    cost = plan.estimate
-    lines = [
+    return "\n\n".join([named_lines(_lines(plan)), _sites(plan), columns(SKIPPED, _skipped(plan))])
+
+
+def plan_html(plan: Plan) -> str:
+    """Return the plan for a notebook: the same lines and tables, the long ones folded."""
+    return (
+        html_facts(_lines(plan), caption="Plan")
+        + html_folded(f"{len(plan.sites):,} sites", html_table(SITES, _kinds(plan)))
+        + html_folded("not pruned", html_table(SKIPPED, _skipped(plan)))
+    )
+
+
+def _lines(plan: Plan) -> list[tuple[str, str]]:
+    """Return what is decided, each with its name."""
+    return [
         ("model", _model(plan)),
         ("method", _method(plan)),
+        ("allocation", _allocation(plan)),
         ("removes", _removes(plan)),
         ("result", _result(plan)),
+        ("text", _text(plan)),
         ("walks", _walks(plan)),
-        ("reads", f"the checkpoint once ({human_bytes(cost.read_bytes)}), and again for the proof"),
+        ("reads", _reads(plan)),
         ("memory", _memory(plan)),
         ("disk", _disk(plan)),
-        ("time", f"about {human_seconds(cost.cut_seconds)} to cut"),
+        ("time", _time(plan)),
         ("resume", _resume(plan)),
         ("perplexity", _perplexity(plan)),
         ("loads", "stock: AutoModelForCausalLM.from_pretrained, checked in a fresh process"),
+        *(("note", note) for note in plan.notes),
     ]
-    return "\n\n".join([named_lines(lines), _sites(plan), _skipped(plan)])
 
 
 def _model(plan: Plan) -> str:
@@ -41,6 +62,35 @@ def _model(plan: Plan) -> str:
 def _method(plan: Plan) -> str:
     pattern = f"pattern {plan.prune.pattern}{_group(plan)}"
     return f"{plan.method.title}, {pattern}, {_solver(plan)}"
+
+
+def _allocation(plan: Plan) -> str:
+    match plan.allocation:
+        case "uniform" if plan.form == "shrunk" or plan.prune.pattern == "ffn-channels":
+            return "uniform: equally many channels in every block"
+        case "uniform":
+            return "uniform: every linear loses the same share"
+        case "manual":
+            wished = (plan.prune.sparsities or {}).items()
+            named = ", ".join(f"{glob} {share:g}" for glob, share in wished)
+            return f"manual: {named}; linears not named share what is left"
+    what = "counts follow from a survey of all weights"
+    return f"{plan.allocation}: {what}" if plan.counts is None else plan.allocation
+
+
+def _reads(plan: Plan) -> str:
+    times = plan.estimate.num_reads
+    often = {1: "once", 2: "twice, once of it for the survey"}.get(
+        times, f"at most {times} times, all but one for the survey"
+    )
+    size = human_bytes(plan.estimate.read_bytes)
+    return f"the checkpoint {often} ({size}), and again for the proof"
+
+
+def _time(plan: Plan) -> str:
+    cost = plan.estimate
+    survey = f"{human_seconds(cost.survey_seconds)} to survey, " if cost.survey_seconds else ""
+    return f"about {survey}{human_seconds(cost.cut_seconds)} to cut"
 
 
 def _memory(plan: Plan) -> str:
@@ -65,6 +115,10 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "tier": plan.tier,
         "forward": plan.forward,
         "needs": list(plan.cut_needs),
+        "calibration": name_of(calibration_texts(plan.recipe)) if plan.forward else None,
+        "evaluation": evaluation_data(plan.recipe) if plan.eval_windows else None,
+        "allocation": plan.allocation,
+        "awaits_survey": plan.counts is None,
         "device": str(plan.device),
         "dtype": plan.dtype_name,
         "sparsity": plan.sparsity,
@@ -73,7 +127,10 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "config_changes": dict(plan.config_changes),
         "eval_windows": plan.eval_windows,
         "sites": {
-            site.name: {"units": site.num_units, "removed": plan.counts[site.name]}
+            site.name: {
+                "units": site.num_units,
+                "removed": None if plan.counts is None else plan.counts[site.name],
+            }
             for site in plan.sites
         },
         "skipped": [asdict(row) for row in plan.skipped],
@@ -82,8 +139,14 @@ def plan_data(plan: Plan) -> dict[str, Any]:
 
 
 def _group(plan: Plan) -> str:
-    unstructured = plan.prune.pattern == "unstructured"
-    return f" (weights compete within their {plan.group})" if unstructured else ""
+    if isinstance(plan.pattern, Tiles):
+        kind = "matrix" if plan.group == "matrix" else "row of tiles"
+        return f" (tiles compete within their {kind})"
+    if not isinstance(plan.pattern, Unstructured):
+        return ""
+    if plan.group == "mass":
+        return " (every row loses the same share of its scores' sum)"
+    return f" (weights compete within their {plan.group})"
 
 
 def _solver(plan: Plan) -> str:
@@ -109,10 +172,28 @@ def _result(plan: Plan) -> str:
     return f"{where}, shrunk: smaller tensors, {changes} (tier {plan.tier}: equal in all blocks)"
 
 
+def _text(plan: Plan) -> str:
+    """Return which texts will be read; nothing is fetched to say so."""
+    names = []
+    if plan.forward:
+        texts = calibration_texts(plan.recipe)
+        hub = _hub([text.data for text in texts])
+        names.append(f"calibration on {name_of(texts)}{hub}")
+    if plan.eval_windows:
+        data = evaluation_data(plan.recipe)
+        names.append(f"perplexity on {data}{_hub([data])}")
+    return ", ".join(names) or "none is read"
+
+
+def _hub(names: list[str]) -> str:
+    return " (on the Hub)" if any(place_of(name) in ("preset", "hub") for name in names) else ""
+
+
 def _walks(plan: Plan) -> str:
-    if not plan.forward:
-        return "1 over the weights; no forward, no calibration"
     cost = plan.estimate
+    if not plan.forward:
+        survey = f"{cost.num_reads - 1} to survey, then " if cost.num_reads > 1 else ""
+        return f"{survey}1 over the weights; no forward, no calibration"
     return (
         "1 forward, each block observed then passed: "
         f"{plan.num_samples} x {plan.seq_len} tokens in micro-batches of {cost.micro_batch}, "
@@ -138,23 +219,35 @@ def _perplexity(plan: Plan) -> str:
 
 
 def _sites(plan: Plan) -> str:
-    """Return one line per kind of site, blocks joined."""
-    kinds: dict[tuple[str, int, int], list[int]] = {}
-    for site in plan.sites:
-        prefix = next(p for p in plan.prefixes if site.name.startswith(p))
-        kind = (site.name.removeprefix(prefix), site.num_units, plan.counts[site.name])
-        kinds.setdefault(kind, []).append(site.block)
-    rows = [
-        (name, ranges(blocks), f"{units:,}", f"{count:,}", f"{count / units:.4f}")
-        for (name, units, count), blocks in kinds.items()
-    ]
-    return columns(("site", "blocks", "units", "removed", "share"), rows[:40]) + (
+    """Return one line per kind of site."""
+    rows = _kinds(plan)
+    return columns(SITES, rows[:40]) + (
         f"\n... and {len(rows) - 40} more kinds" if len(rows) > 40 else ""
     )
 
 
-def _skipped(plan: Plan) -> str:
-    rows = [
+def _kinds(plan: Plan) -> list[tuple[str, ...]]:
+    """Return a row per kind of site, blocks joined."""
+    kinds: dict[tuple[str, int, int | None], list[int]] = {}
+    for site in plan.sites:
+        prefix = next(p for p in plan.prefixes if site.name.startswith(p))
+        count = None if plan.counts is None else plan.counts[site.name]
+        kind = (site.name.removeprefix(prefix), site.num_units, count)
+        kinds.setdefault(kind, []).append(site.block)
+    return [
+        (name, ranges(blocks), f"{units:,}", *_removed(count, units))
+        for (name, units, count), blocks in kinds.items()
+    ]
+
+
+def _removed(count: int | None, units: int) -> tuple[str, str]:
+    """Return a count and its share, or that they are not known yet."""
+    return ("survey", "survey") if count is None else (f"{count:,}", f"{count / units:.4f}")
+
+
+def _skipped(plan: Plan) -> list[tuple[str, ...]]:
+    """Return a row per part of the model that stays as it is."""
+    return [
         (
             row.what,
             f"{row.num_params:,}",
@@ -164,4 +257,3 @@ def _skipped(plan: Plan) -> str:
         for row in plan.skipped
         if row.num_params
     ]
-    return columns(("not pruned", "parameters", "of model", "why"), rows)

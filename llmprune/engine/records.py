@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 OWN = "llmprune"
 OBEYED = ("micro_batch", "threads", "place")
-TOLD = ("wish", "origin", "unused", "source.name", "source.revision", "source.folder")
+TOLD = ("wish", "text", "origin", "unused", "source.name", "source.revision", "source.folder")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -9,7 +10,7 @@ from fnmatch import fnmatchcase
 from llmprune.arch.anatomy import Anatomy
 from llmprune.arch.types import Coupling, Site, Span
 from llmprune.base.errors import RecipeError
-from llmprune.mask.pattern import Channels, NofM, Pattern
+from llmprune.mask.pattern import Channels, NofM, Pattern, Tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ def groups_of(
 
 
 def _weights(name: str, anatomy: Anatomy, block: int, prefix: str, pattern: Pattern) -> Site:
-    """Return the site of all weights of one linear."""
+    """Return the site of all weights of one linear; its units are weights or tiles."""
     rows, columns = anatomy.linears[name].shape
     if isinstance(pattern, NofM) and columns % pattern.m:
         raise RecipeError(
@@ -57,12 +58,24 @@ def _weights(name: str, anatomy: Anatomy, block: int, prefix: str, pattern: Patt
             f"{prefix}{name} reads {columns} columns. Choose another pattern, or leave it out with "
             f"--set 'prune.skip=[\"*{name}\"]'."
         )
+    if isinstance(pattern, Tiles) and (rows % pattern.height or columns % pattern.width):
+        shapes = [linear.shape for linear in anatomy.linears.values()]
+        height = math.gcd(pattern.height, *(shape[0] for shape in shapes))
+        width = math.gcd(pattern.width, *(shape[1] for shape in shapes))
+        fits = f"{height}x{width}"
+        hint = "other tiles" if fits == "1x1" else f"tiles that do, such as {fits}"
+        raise RecipeError(
+            f"prune.pattern: {pattern.height}x{pattern.width} tiles do not fill {prefix}{name}, "
+            f"which has {rows} x {columns} weights. Choose {hint}, or leave the linear out with "
+            f"--set 'prune.skip=[\"*{name}\"]'."
+        )
+    size = pattern.size if isinstance(pattern, Tiles) else 1
     return Site(
         name=prefix + name,
         block=block,
         spans=(Span(linear=name, axis="weight"),),
-        num_units=rows * columns,
-        unit_cost=1,
+        num_units=rows * columns // size,
+        unit_cost=size,
     )
 
 

@@ -6,8 +6,8 @@ Legend: O outputs, I inputs, U units.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,10 +16,19 @@ from llmprune.catalog import Method
 from llmprune.engine.sites import Group
 from llmprune.mask.apply import masked
 from llmprune.mask.packed import PackedMask, pack, unpack
-from llmprune.mask.pattern import Channels, Pattern, choose_keep, pool
+from llmprune.mask.pattern import (
+    Channels,
+    GroupName,
+    Pattern,
+    Tiles,
+    choose_keep,
+    pool,
+    tiles_kept,
+)
 from llmprune.mask.pieces import PIECE
 from llmprune.mask.rank import keep_highest
 from llmprune.score import SCORES
+from llmprune.score.noise import seed_of
 from llmprune.solver import SOLVERS
 from llmprune.solver.types import Choose
 from llmprune.stats.types import Stats
@@ -54,13 +63,17 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Cutter:
-    """All that decides a group: method, pattern, counts, whether units are cut out or zeroed."""
+    """All that decides a group: method, pattern, counts, whether units are cut out or zeroed.
+
+    `seed` is that of the run; scores that draw numbers get one of their own per linear.
+    """
 
     method: Method
     pattern: Pattern
-    group: Literal["row", "matrix"]
+    group: GroupName
     shrink: bool
     counts: Mapping[str, int]
+    seed: int = 0
 
     def cut(
         self,
@@ -105,10 +118,11 @@ class Cutter:
         chooses: dict[str, Choose] = {}
         errors: dict[str, float | None] = {}
         for site in group.sites:
-            score_OI = SCORES[score].fn(weights[site.name], stats)
+            score_OI = self._scores(score, weights[site.name], stats, site.name)
             if site.name in prior:
                 score_OI.masked_fill_(~prior[site.name].to(score_OI.device), -torch.inf)
-            keep_OI = choose_keep(self.pattern, score_OI, self.counts[site.name], self.group)
+            count = self.counts[site.name]
+            keep_OI = choose_keep(self.pattern, score_OI, count, self.group, self.method.pool)
             if site.name in prior:
                 keep_OI &= prior[site.name].to(keep_OI.device)
             chooses[site.name] = _answer(keep_OI)
@@ -121,8 +135,16 @@ class Cutter:
             block.replace(site.spans[0].linear, solved.weight_OI)
             outcome.keep(site.name, solved.keep_OI)
             outcome.touched |= block.params_of({site.spans[0].linear})
-            removed = site.num_units - int(solved.keep_OI.count_nonzero())
-            outcome.rows.append(_row(site, removed, stats, fallback, errors[site.name]))
+            outcome.rows.append(
+                _row(
+                    site,
+                    self._removed_units(solved.keep_OI),
+                    stats,
+                    fallback,
+                    errors[site.name],
+                    weights=solved.keep_OI.numel() - int(solved.keep_OI.count_nonzero()),
+                )
+            )
 
     def _cut_units(
         self,
@@ -136,7 +158,7 @@ class Cutter:
         (site,) = group.sites
         score, fallback = self._score(stats)
         reader = next(span.linear for span in site.spans if span.axis == "in")
-        score_OU = SCORES[score].fn(block.weight(reader), stats)
+        score_OU = self._scores(score, block.weight(reader), stats, block.prefix + reader)
         unit_score_U = pool(score_OU, self.method.pool)
         count = self.counts[site.name]
         keep_U = keep_highest(unit_score_U[None], torch.tensor([count]))[0]
@@ -163,9 +185,22 @@ class Cutter:
 
     def _score(self, stats: Stats) -> tuple[str, str | None]:
         """Return the score to use: magnitude where activations are needed and none were seen."""
-        if SCORES[self.method.score].needs and stats.num_tokens == 0:
+        if SCORES[self.method.score].learnt and stats.num_tokens == 0:
             return "magnitude", NO_TOKENS
         return self.method.score, None
+
+    def _scores(self, score: str, weight_OI: Tensor, stats: Stats, linear: str) -> Tensor:
+        """Return score_OI of one linear, known by its full name."""
+        if "seed" in SCORES[score].needs:
+            values = {**stats.values, "seed": seed_of(self.seed, linear)}
+            stats = replace(stats, values=values)
+        return SCORES[score].fn(weight_OI, stats)
+
+    def _removed_units(self, keep_OI: Tensor) -> int:
+        """Return how many weights, or whole tiles, a mask leaves out."""
+        if isinstance(self.pattern, Tiles):
+            keep_OI = tiles_kept(keep_OI, self.pattern)
+        return keep_OI.numel() - int(keep_OI.count_nonzero())
 
 
 def _answer(keep_OI: Tensor) -> Choose:
@@ -196,16 +231,27 @@ def _diagonal_error(weight_OI: Tensor, keep_OI: Tensor, stats: Stats) -> float |
 
 
 def _row(
-    site: Site, removed: int, stats: Stats, fallback: str | None, error: float | None
+    site: Site,
+    removed: int,
+    stats: Stats,
+    fallback: str | None,
+    error: float | None,
+    *,
+    weights: int | None = None,
 ) -> dict[str, object]:
-    """Return a site's line of the report."""
+    """Return a site's line of the report.
+
+    `weights` are those that went, where more may have gone than whole units: an earlier pruning
+    leaves tiles with holes.
+    """
+    weights = removed * site.unit_cost if weights is None else weights
     row: dict[str, object] = {
         "site": site.name,
         "units": site.num_units,
         "removed": removed,
         "weights": site.num_weights,
-        "removed_weights": removed * site.unit_cost,
-        "sparsity": removed / site.num_units,
+        "removed_weights": weights,
+        "sparsity": weights / site.num_weights,
         "tokens": stats.num_tokens,
         "error": error,
     }

@@ -1,10 +1,12 @@
 """Which shapes of mask are legal, and how each is chosen from scores.
 
-True means kept; N:M keeps N of every M consecutive inputs. Legend: O outputs, I inputs, U units.
+True means kept; N:M keeps N of every M consecutive inputs. Legend: O outputs, I inputs, U units, P
+and Q the tiles of a column and of a row of tiles.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,12 +18,16 @@ from torch import Tensor
 from llmprune.base.errors import RecipeError
 from llmprune.base.registry import unknown
 from llmprune.mask.counts import spread
+from llmprune.mask.mass import keep_equal_mass
 from llmprune.mask.rank import keep_highest, keep_highest_flat, keep_n_of_m
+
+GroupName = Literal["row", "matrix", "mass"]
+PoolName = Literal["l2", "mean"]
 
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Any weight may go."""
+    """Single weights, anywhere."""
 
     @property
     def sparsity(self) -> None:
@@ -31,7 +37,7 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class NofM:
-    """Of every `m` consecutive weights of a row `n` stay."""
+    """Of every M consecutive inputs of a row N stay, which sparse kernels know as 2:4."""
 
     n: int
     m: int
@@ -43,8 +49,27 @@ class NofM:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """Whole tiles of H outputs by W inputs go, which block-sparse kernels skip."""
+
+    height: int
+    width: int
+
+    @property
+    def sparsity(self) -> None:
+        """The sparsity that the pattern fixes: none."""
+        return None
+
+    @property
+    def size(self) -> int:
+        """The number of weights of a tile."""
+        return self.height * self.width
+
+
+@dataclass(frozen=True)
 class Channels:
-    """Whole channels of a coupling go: rows of its readers and the column of its writer."""
+    """Whole channels of a coupling go, equally many in every block: rows of the linears that write
+    them and the column of the one that reads them."""
 
     coupling: str
 
@@ -54,7 +79,7 @@ class Channels:
         return None
 
 
-Pattern = Unstructured | NofM | Channels
+Pattern = Unstructured | NofM | Tiles | Channels
 
 _NAMED: dict[str, Pattern] = {
     "unstructured": Unstructured(),
@@ -63,19 +88,29 @@ _NAMED: dict[str, Pattern] = {
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Return the pattern that a text names: "unstructured", "N:M" or "ffn-channels".
+    """Return the pattern that a text names: "unstructured", "N:M", "HxW" or "ffn-channels".
 
     Raises:
         UnknownName: no pattern has this name.
-        RecipeError: N:M that keeps nothing, or everything.
+        RecipeError: N:M that keeps nothing, or everything; tiles of fewer than two weights.
 
     >>> parse_pattern("2:4").sparsity
     Fraction(1, 2)
+    >>> parse_pattern("16x32")
+    Tiles(height=16, width=32)
     """
+    if sides := re.fullmatch(r"([0-9]+)x([0-9]+)", text):
+        tile = Tiles(height=int(sides[1]), width=int(sides[2]))
+        if tile.size < 2:
+            raise RecipeError(
+                f"pattern: {text!r} is a tile of {tile.size} weights. HxW removes whole tiles of H "
+                "outputs by W inputs, such as 16x16; for single weights type unstructured."
+            )
+        return tile
     ratio = re.fullmatch(r"([0-9]+):([0-9]+)", text)
     if ratio is None:
         if text not in _NAMED:
-            raise unknown("pattern", text, [*_NAMED, "2:4", "4:8", "N:M"])
+            raise unknown("pattern", text, [*_NAMED, "2:4", "4:8", "N:M", "16x16", "HxW"])
         return _NAMED[text]
     n, m = int(ratio[1]), int(ratio[2])
     if not 0 < n < m:
@@ -88,12 +123,19 @@ def parse_pattern(text: str) -> Pattern:
 
 
 def choose_keep(
-    pattern: Unstructured | NofM, score_OI: Tensor, num_pruned: int, group: Literal["row", "matrix"]
+    pattern: Unstructured | NofM | Tiles,
+    score_OI: Tensor,
+    num_pruned: int,
+    group: GroupName,
+    how: PoolName = "mean",
 ) -> Tensor:
-    """Return keep_OI (bool) with exactly `num_pruned` False, at the lowest scores of each group.
+    """Return keep_OI (bool) without the `num_pruned` units of lowest score of each group.
 
-    Unstructured weights compete within their row, each row losing the same number to within one,
-    or within the whole matrix. The groups of N:M are its own.
+    A unit is a weight, or a tile with its pooled score. Units compete within their row (each row
+    losing the same number to within one), within the whole matrix, or such that every row loses the
+    same share of its score's sum ("mass"; tiles then compete within their row of tiles). The groups
+    of N:M are its own. A score of -inf marks what was removed before: it goes first, and counts
+    nothing in a tile that has other weights.
 
     Raises:
         ValueError: a score is NaN, or the pattern cannot prune this number.
@@ -107,15 +149,30 @@ def choose_keep(
             if num_pruned * m != score_OI.numel() * (m - n):
                 raise ValueError(f"{n}:{m} cannot prune {num_pruned} of {score_OI.numel()} weights")
             return keep_n_of_m(score_OI, n, m)
+        case Tiles():
+            score_PQ = pool_tiles(score_OI, pattern, how)
+            within: GroupName = "row" if group == "mass" else group
+            return fill_tiles(_keep_units(score_PQ, num_pruned, within), pattern)
         case Unstructured():
-            if group == "row":
-                return keep_highest(score_OI, spread(num_pruned, len(score_OI)))
-            return keep_highest_flat(score_OI.reshape(-1), num_pruned).view(score_OI.shape)
+            return _keep_units(score_OI, num_pruned, group)
         case _:
             assert_never(pattern)
 
 
-def pool(score_OI: Tensor, how: Literal["l2", "mean"]) -> Tensor:
+def _keep_units(score_OI: Tensor, num_pruned: int, group: GroupName) -> Tensor:
+    """Return the mask of single units in a group."""
+    match group:
+        case "row":
+            return keep_highest(score_OI, spread(num_pruned, len(score_OI)))
+        case "mass":
+            return keep_equal_mass(score_OI, num_pruned)
+        case "matrix":
+            return keep_highest_flat(score_OI.reshape(-1), num_pruned).view(score_OI.shape)
+        case _:
+            assert_never(group)
+
+
+def pool(score_OI: Tensor, how: PoolName) -> Tensor:
     """Return unit_score_U (U,) from the scores of the linear that reads the units as columns.
 
     "l2" is the norm of each column, "mean" its mean; U = I.
@@ -126,3 +183,56 @@ def pool(score_OI: Tensor, how: Literal["l2", "mean"]) -> Tensor:
     tensor([5., 1.])
     """
     return torch.linalg.vector_norm(score_OI, dim=0) if how == "l2" else score_OI.mean(dim=0)
+
+
+def pool_tiles(score_OI: Tensor, tile: Tiles, how: PoolName) -> Tensor:
+    """Return score_PQ, the mean ("mean") or root mean square ("l2") of the scores in each tile.
+
+    Weights of score -inf count as zero, and a tile of nothing else is -inf.
+
+    Raises:
+        ValueError: tiles do not fill the matrix.
+
+    Source: Xu et al., LPViT (the mean over the tile as ranking).
+
+    >>> pool_tiles(torch.tensor([[3.0, 1.0, 0.0, 2.0]]), Tiles(height=1, width=2), "mean")
+    tensor([[2., 1.]])
+    """
+    rows, columns = score_OI.shape
+    if rows % tile.height or columns % tile.width:
+        raise ValueError(f"{tile.height}x{tile.width} tiles do not fill {rows} x {columns} weights")
+    shape = (rows // tile.height, tile.height, columns // tile.width, tile.width)
+    removed_OI = score_OI == -torch.inf
+    if not bool(removed_OI.any()):
+        return _pool_last(score_OI.reshape(shape), how)
+    score_PQ = _pool_last(score_OI.masked_fill(removed_OI, 0).reshape(shape), how)
+    return score_PQ.masked_fill_(~tiles_kept(~removed_OI, tile), -torch.inf)
+
+
+def _pool_last(score_PHQW: Tensor, how: PoolName) -> Tensor:
+    """Return the pooled score of every tile."""
+    if how == "mean":
+        return score_PHQW.mean(dim=(1, 3))
+    size = score_PHQW.shape[1] * score_PHQW.shape[3]
+    norm_PQ: Tensor = torch.linalg.vector_norm(score_PHQW, dim=(1, 3))
+    return norm_PQ.div_(math.sqrt(size))
+
+
+def tiles_kept(keep_OI: Tensor, tile: Tiles) -> Tensor:
+    """Return keep_PQ: the tiles of which any weight is kept.
+
+    >>> tiles_kept(torch.tensor([[True, False, False, False]]), Tiles(height=1, width=2))
+    tensor([[ True, False]])
+    """
+    rows, columns = keep_OI.shape
+    shape = (rows // tile.height, tile.height, columns // tile.width, tile.width)
+    return keep_OI.reshape(shape).any(dim=3).any(dim=1)
+
+
+def fill_tiles(keep_PQ: Tensor, tile: Tiles) -> Tensor:
+    """Return keep_OI: the mask of tiles, spelled out by weight.
+
+    >>> fill_tiles(torch.tensor([[True, False]]), Tiles(height=1, width=2))
+    tensor([[ True,  True, False, False]])
+    """
+    return keep_PQ.repeat_interleave(tile.height, dim=0).repeat_interleave(tile.width, dim=1)

@@ -8,14 +8,25 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from llmprune.base.errors import UnknownName
 from llmprune.recipe.dialect import dump
 
-PATTERNS = ("unstructured", "N:M", "ffn-channels")
+NAME, MIX = "<name>", "<mix>"  # the two forms of calibration.data, for pydantic's error paths
+PARTS = ("split", "config", "revision", "column")
+PATTERNS = ("unstructured", "N:M", "HxW", "ffn-channels")
 
 _SIZE = re.compile(r"\d+(\.\d+)?[KMG]i?B", re.IGNORECASE)
 
@@ -24,18 +35,64 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Portion(_Part):
+    """One text: its name, which part of it, and, in a mix, its share by weight.
+
+    >>> Portion(data="c4", weight=3).split is None
+    True
+    """
+
+    data: str = Field(min_length=1)
+    weight: float = Field(default=1, gt=0, allow_inf_nan=False)
+    split: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    column: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_name_is_enough(cls, portion: Any) -> Any:
+        return {"data": portion} if isinstance(portion, str) else portion
+
+
 class Calibration(_Part):
     """The text that statistics are learnt from, and how it is cut into windows of tokens."""
 
-    data: str = "demo"
+    data: Annotated[
+        Annotated[str, Field(min_length=1), Tag(NAME)] | Annotated[tuple[Portion, ...], Tag(MIX)],
+        Discriminator(lambda data: MIX if isinstance(data, list | tuple) else NAME),
+    ] = "auto"
+    split: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    column: str | None = None
     num_samples: int = Field(default=128, ge=1)
     seq_len: int | None = Field(default=None, ge=2)
     bos: bool = False
-    column: str | None = None
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_text_is_a_mix_of_one(cls, data: object) -> object:
+        if isinstance(data, list | tuple) and not data:
+            raise ValueError("[] names no text. Type one, such as c4, or `data: [c4, ultrachat]`.")
+        return [data] if isinstance(data, dict | Portion) else data
+
+    @model_validator(mode="after")
+    def _a_mix_says_it_per_text(self) -> Self:
+        given = [name for name in PARTS if getattr(self, name) is not None]
+        if not isinstance(self.data, str) and given:
+            raise ValueError(
+                f"'{given[0]}' beside a mix belongs to none of its texts. Write it into the text "
+                f"that it is about, as in `data: [{{data: c4, weight: 3, {given[0]}: NAME}}]`."
+            )
+        return self
 
 
 class PruneStep(_Part):
     """Which weights to remove; ``sparsity`` is the fraction removed (of N:M, 1 - N/M).
+
+    ``sparsities`` gives linears, by glob, a share of their own, and implies the allocation manual;
+    ``min_keep`` is the share of each linear that a ranking of the whole model leaves.
 
     >>> PruneStep(pattern="2:4").sparsity
     0.5
@@ -44,7 +101,10 @@ class PruneStep(_Part):
     method: str = "wanda"
     pattern: str = "unstructured"
     sparsity: float = Field(default=None, validate_default=True)
-    group: Literal["row", "matrix"] | None = None
+    group: Literal["row", "matrix", "mass"] | None = None
+    allocation: str | None = None
+    sparsities: dict[str, float] | None = Field(default=None, validate_default=True)
+    min_keep: float | None = None
     skip: tuple[str, ...] = ()
     propagate: Literal["pruned", "dense"] = "pruned"
     form: Literal["auto", "masked", "shrunk"] = "auto"
@@ -62,10 +122,17 @@ class PruneStep(_Part):
                     f"'{pattern}' would keep {kept} of every {of} weights. "
                     f"N:M keeps N of every M, with 0 < N < M, as in '2:4'.{hint}"
                 )
-        elif pattern not in PATTERNS or pattern == "N:M":
+        elif sides := re.fullmatch(r"(\d+)x(\d+)", pattern):
+            if int(sides[1]) * int(sides[2]) < 2:
+                raise ValueError(
+                    f"'{pattern}' is no tile. HxW removes whole tiles of H outputs by W inputs, "
+                    "as in '16x16'; for single weights type 'unstructured'."
+                )
+        elif pattern not in PATTERNS or pattern in ("N:M", "HxW"):
             raise UnknownName(
-                f"'{pattern}' is no pattern. There are: unstructured, ffn-channels, and N:M such "
-                f"as 2:4, which keeps N of every M weights."
+                f"'{pattern}' is no pattern. There are: unstructured, ffn-channels, N:M such as "
+                "2:4, which keeps N of every M weights, and HxW such as 16x16, which removes "
+                "whole tiles of H outputs by W inputs."
             )
         return pattern
 
@@ -102,6 +169,41 @@ class PruneStep(_Part):
             )
         return exact
 
+    @field_validator("sparsities")
+    @classmethod
+    def _shares_are_legal(
+        cls, sparsities: dict[str, float] | None, info: ValidationInfo
+    ) -> dict[str, float] | None:
+        allocation = info.data.get("allocation")
+        if not sparsities:
+            if allocation == "manual" or sparsities is not None:
+                raise ValueError(
+                    "no linear is named, but allocation manual needs shares. Type for example "
+                    "`sparsities: {'*down_proj': 0.3}`; linears not named share what is left."
+                )
+            return None
+        if allocation not in (None, "manual"):
+            raise ValueError(
+                f"shares for single linears contradict allocation '{allocation}'. Leave one out."
+            )
+        for glob, share in sparsities.items():
+            if not 0 <= share < 1:
+                raise ValueError(
+                    f"{share:g} for '{glob}' is not a fraction. It is the part of the linear "
+                    f"removed, at least 0 and below 1; {_suggestion(share)}"
+                )
+        return sparsities
+
+    @field_validator("min_keep")
+    @classmethod
+    def _share_kept_is_legal(cls, share: float | None) -> float | None:
+        if share is not None and not 0 <= share < 1:
+            raise ValueError(
+                f"{share:g} is not a fraction. It is the part of each linear that stays whatever "
+                "its rank, at least 0 and below 1; type 0.05 to keep a twentieth."
+            )
+        return share
+
     @field_validator("skip", mode="before")
     @classmethod
     def _one_glob_is_a_list_of_one(cls, skip: object) -> object:
@@ -112,15 +214,17 @@ class EvaluateStep(_Part):
     """Measure the result; ``perplexity: auto`` leaves out what the model cannot do."""
 
     perplexity: Literal["auto"] | bool = "auto"
-    data: str = "demo"
+    data: str = Field(default="auto", min_length=1)
     num_windows: int = Field(default=16, ge=1)
+    stride: int | None = Field(default=None, ge=1)
+    bos: Literal["auto"] | bool = False
 
-    @field_validator("perplexity", mode="before")
+    @field_validator("perplexity", "bos", mode="before")
     @classmethod
-    def _perplexity_is_a_choice(cls, perplexity: object) -> object:
-        if perplexity != "auto" and not isinstance(perplexity, bool):
-            raise ValueError(f"{perplexity!r} is no choice here. There are: auto, true, false.")
-        return perplexity
+    def _a_choice_is_one(cls, choice: object) -> object:
+        if choice != "auto" and not isinstance(choice, bool):
+            raise ValueError(f"{choice!r} is no choice here. There are: auto, true, false.")
+        return choice
 
 
 class Step(_Part):

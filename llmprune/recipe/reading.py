@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from llmprune.base.errors import RecipeError, UnknownName
 from llmprune.recipe.dialect import load
-from llmprune.recipe.models import Calibration, EvaluateStep, PruneStep, Recipe, Step
+from llmprune.recipe.models import Calibration, EvaluateStep, Portion, PruneStep, Recipe, Step
 
 _SHORTCUTS = ("prune", "evaluate")
 _PLACES: dict[str, type[BaseModel]] = {
@@ -164,12 +164,13 @@ def _step_of_kind(data: dict[str, Any], kind: str) -> int:
 
 def _mistake(error: dict[str, Any]) -> tuple[type[RecipeError], str]:
     """Turn one of pydantic's errors into our class and wording."""
-    path, kind, value = _path(error["loc"]), error["type"], error["input"]
+    place = tuple(part for part in error["loc"] if not str(part).startswith("<"))  # a form of data
+    path, kind, value = _path(place), error["type"], error["input"]
     own = error.get("ctx", {}).get("error")
     if own is not None:
         return (UnknownName if isinstance(own, UnknownName) else RecipeError), f"{path}: {own}"
     if kind == "extra_forbidden":
-        return UnknownName, f"{path}: {_unknown_key(error['loc'])}"
+        return UnknownName, f"{path}: {_unknown_key(place)}"
     if kind == "missing":
         return RecipeError, f"{path}: missing; {_MISSING.get(path, 'give it a value.')}"
     if kind in ("model_type", "dict_type", "model_attributes_type"):
@@ -199,6 +200,7 @@ def _model_at(location: tuple[int | str, ...]) -> type[BaseModel]:
     names = [part for part in location if isinstance(part, str)]
     models: dict[str, type[BaseModel]] = {
         "calibration": Calibration,
+        "data": Portion,
         "steps": Step,
         "prune": PruneStep,
         "evaluate": EvaluateStep,

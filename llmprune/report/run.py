@@ -13,6 +13,7 @@ from llmprune.base.errors import CheckpointError
 from llmprune.base.memory import anonymous_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
 
     from llmprune.base.progress import Progress
@@ -79,10 +80,27 @@ class Report:
         ]
         return columns(("site", "weights", "removed", "sparsity", "tokens", "error", ""), rows)
 
+    def coverage(self) -> str:
+        """Return one line per block with experts: the tokens they saw, and which saw too few."""
+        from llmprune.report.coverage import coverage_text
+
+        return coverage_text(self.data)
+
+    def plot(self) -> Figure:
+        """Return a figure: sparsity by block and kind of linear, and output error by block."""
+        from llmprune.report.plots import report_figure
+
+        return report_figure(self.data)
+
     def __repr__(self) -> str:
         from llmprune.report.tables import report_text
 
         return report_text(self.data)
+
+    def _repr_html_(self) -> str:
+        from llmprune.report.page import report_html
+
+        return report_html(self.data)
 
 
 def report_data(

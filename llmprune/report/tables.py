@@ -7,10 +7,16 @@ from typing import Any
 
 from llmprune.base.progress import human_bytes, human_seconds
 from llmprune.base.text import named_lines
+from llmprune.report.coverage import coverage_line
 
 
 def report_text(data: Mapping[str, Any]) -> str:
     """Return the final table of a run."""
+    return named_lines(report_lines(data))
+
+
+def report_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what there is to say about a run, each with its name."""
     seconds = ", ".join(f"{name} {human_seconds(value)}" for name, value in data["seconds"].items())
     lines = {
         "result": f"{data['out'] or 'in memory'} ({data['form']})",
@@ -21,12 +27,13 @@ def report_text(data: Mapping[str, Any]) -> str:
         "parameters": _parameters(data),
         "error": _error(data),
         "perplexity": _perplexity(data.get("perplexity")),
+        "experts": _experts(data),
         "proof": _proof(data.get("gate")),
         "resumed": _resumed(data.get("resumed_after")),
         "time": seconds,
         "memory": f"{human_bytes(data['peak_memory'])} at the end of a block, at most",
     }
-    return named_lines([(name, text) for name, text in lines.items() if text])
+    return [(name, text) for name, text in lines.items() if text]
 
 
 def _parameters(data: Mapping[str, Any]) -> str:
@@ -47,8 +54,18 @@ def _perplexity(quality: Mapping[str, Any] | None) -> str:
     dense, pruned = quality["dense"], quality["pruned"]
     return (
         f"{dense['value']:.3f} dense, {pruned['value']:.3f} pruned ({pruned['num_windows']} "
-        f"windows of {pruned['seq_len']} tokens of {pruned['data']})"
+        f"windows of {pruned['seq_len']} tokens of {pruned['data']}{_unlike_the_papers(pruned)})"
     )
+
+
+def _unlike_the_papers(found: Mapping[str, Any]) -> str:
+    stride = f", stride {found['stride']}" if found.get("stride") else ""
+    return f"{stride}, BOS first" if found["bos"] else stride
+
+
+def _experts(data: Mapping[str, Any]) -> str:
+    found = coverage_line(data)
+    return found and f"{found}; see report.coverage() or llmprune show --coverage"
 
 
 def _proof(gate: Mapping[str, Any] | None) -> str:

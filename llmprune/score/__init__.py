@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from llmprune.base.registry import Registry
-from llmprune.score.activation import wanda
+from llmprune.score.activation import relative_importance, wanda
 from llmprune.score.magnitude import absolute
+from llmprune.score.noise import uniform_noise
 from llmprune.score.types import Score
 
 SCORES: Registry[Score] = Registry(
@@ -18,6 +19,13 @@ SCORES: Registry[Score] = Registry(
             paper="Han et al., 2015: Learning both Weights and Connections for Efficient Neural "
             "Networks",
         ),
+        "random": Score(
+            fn=uniform_noise,
+            needs=("seed",),
+            level="weight",
+            adaptive=False,
+            paper="Liu et al., 2022: The Unreasonable Effectiveness of Random Pruning",
+        ),
         "wanda": Score(
             fn=wanda,
             needs=("col_sq",),
@@ -25,6 +33,14 @@ SCORES: Registry[Score] = Registry(
             adaptive=False,
             paper="Sun et al., 2024: A Simple and Effective Pruning Approach for Large Language "
             "Models",
+        ),
+        "ria": Score(
+            fn=relative_importance,
+            needs=("col_sq",),
+            level="weight",
+            adaptive=False,
+            paper="Zhang et al., 2024: Plug-and-Play: An Efficient Post-training Pruning Method "
+            "for Large Language Models",
         ),
     },
 )

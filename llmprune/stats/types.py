@@ -59,3 +59,11 @@ class Statistic:
     accumulator: Callable[[], Accumulator]
     observe: Literal["tap", "weight", "residual", "block_gradient", "backward"]
     shape: str
+
+    def num_bytes(self, inputs: int) -> int:
+        """Return what the statistic of a tap with this many columns takes up while it is summed.
+
+        >>> Statistic(accumulator=None, observe="tap", shape="(I, I)").num_bytes(100)
+        80000
+        """
+        return 8 * int(inputs ** self.shape.count("I"))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmprune.arch.anatomy import Anatomy
-from llmprune.arch.types import Coupling
+from llmprune.arch.types import Coupling, Family
 from llmprune.base.errors import NumericalError
 from llmprune.checkpoint.skeleton import fill
 
@@ -25,6 +25,17 @@ class Block:
     module: Any
     anatomy: Anatomy
     device: torch.device
+    held: dict[str, Tensor] | None = None
+
+    def holding(self) -> Block:
+        """Return the same block, computing as before: new weights wait for `settle`."""
+        return replace(self, held={})
+
+    def settle(self) -> None:
+        """Put the weights that were held back in their places."""
+        held = self.held or {}
+        while held:
+            replace(self, held=None).replace(*held.popitem())
 
     def weight(self, linear: str) -> Tensor:
         """Return the weight_OI of a linear as a view; edits reach the module."""
@@ -33,6 +44,9 @@ class Block:
 
     def replace(self, linear: str, weight_OI: Tensor) -> None:
         """Put a new weight of the same shape in a linear's place; the parameter object stays."""
+        if self.held is not None:
+            self.held[linear] = weight_OI
+            return
         found = self.anatomy.linears[linear]
         param = self.module.get_parameter(found.param)
         if found.expert is None and found.num_parts == 1 and not found.transposed:
@@ -94,6 +108,10 @@ class Blocks(Protocol):
     @property
     def model(self) -> Any:
         """The model, whose own forward embeds and makes logits."""
+
+    @property
+    def family(self) -> Family:
+        """Where the blocks are, and what they read and return."""
 
     @property
     def device(self) -> torch.device:

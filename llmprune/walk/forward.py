@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmprune.base.errors import NumericalError
 from llmprune.calibration.hidden import HiddenStates, Place
-from llmprune.calibration.replay import Arguments, call, capture, head, same
+from llmprune.calibration.replay import Arguments, call, capture, head, shared
 from llmprune.walk.block import Block, Blocks
 
 if TYPE_CHECKING:
@@ -51,9 +51,10 @@ def embed(
     kept: list[list[Arguments]] = []
     with torch.no_grad(), blocks.trunk(head=False) as model:
         for ids_BT in tokens_NT.split(micro_batch):
-            first, arguments = capture(model, blocks.modules, ids_BT.to(blocks.device))
+            ids_BT = ids_BT.to(blocks.device)
+            first, arguments = capture(model, blocks.modules, ids_BT, returns=blocks.family.returns)
             hidden.append(first)
-            kept.append(next((old for old in kept[:1] if same(old, arguments)), arguments))
+            kept.append(shared(arguments, kept))
     return Stream(hidden=hidden, arguments=tuple(kept))
 
 
@@ -105,9 +106,12 @@ def logits(
     with torch.no_grad(), blocks.trunk(head=True) as model:
         for batch in range(len(stream)):
             hidden = stream.hidden.get(batch, blocks.device)
-            size = chunk or max(1, LOGITS // (vocab * hidden.shape[0]))
-            for start in range(0, hidden.shape[1], size):
-                yield batch, start, head(model, blocks.modules, hidden[:, start : start + size])
+            length = hidden.shape[-2]
+            size = chunk or max(1, LOGITS // (vocab * hidden.shape[-3]))
+            for start in range(0, length, size):
+                part = hidden[..., start : start + size, :]
+                found = head(model, blocks.modules, part, returns=blocks.family.returns)
+                yield batch, start, found
 
 
 def walk(blocks: Blocks, stream: Stream) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
+from llmprune.arch.anatomy import Anatomy
+from llmprune.arch.products import Products, slices
 from llmprune.base.errors import NumericalError, UnsupportedModel
 from llmprune.calibration.replay import call
 from llmprune.stats import STATISTICS
@@ -23,18 +23,6 @@ from llmprune.walk.forward import Stream
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-MULTIPLICATIONS = frozenset(
-    {
-        torch.nn.functional.linear,
-        torch.addmm,
-        torch.mm,
-        torch.matmul,
-        torch.Tensor.matmul,
-        torch.Tensor.mm,
-        torch.Tensor.__matmul__,
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,28 +37,26 @@ class _Complete(Exception):
     """Leaves a block once every tap has been read."""
 
 
-class _Watch(TorchFunctionMode):
+class _Watch:
     """Hands the left operand of watched products to a function, then leaves if all were read."""
 
     def __init__(
         self, taps: Mapping[int, str], read: Callable[[str, Tensor], None], leave: bool
     ) -> None:
-        super().__init__()
         self.taps = taps
         self.read = read
         self.leave = leave
         self.missing = set(taps.values())
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in MULTIPLICATIONS:
-            for left, right in pairwise(args):
-                tap = self.taps.get(right.data_ptr()) if isinstance(right, torch.Tensor) else None
-                if tap is not None and isinstance(left, torch.Tensor):
-                    self.read(tap, left)
-                    self.missing.discard(tap)
-                    if self.leave and not self.missing:
-                        raise _Complete
-        return func(*args, **(kwargs or {}))
+    def __call__(self, left: Tensor, right: Tensor) -> None:
+        if right.data_ptr() not in self.taps:
+            return
+        for one, matrix in slices(left, right):
+            if (tap := self.taps.get(matrix.data_ptr())) is not None:
+                self.read(tap, one)
+                self.missing.discard(tap)
+        if self.leave and not self.missing:
+            raise _Complete
 
 
 def observe(
@@ -102,7 +88,7 @@ def observe(
             hidden = stream.hidden.get(batch, block.device)
             leave = batch > 0 and not dense
             try:
-                with _Watch(pointers, read, leave):
+                with Products(_Watch(pointers, read, leave)):
                     output = call(block.module, hidden, arguments[block.index])
             except _Complete:
                 continue
@@ -114,6 +100,34 @@ def observe(
     _check_read(block, stats)
     _check_finite(block, stats)
     return Seen(stats=stats, dense_output=first)
+
+
+def in_rounds(
+    anatomy: Anatomy, needs: Mapping[str, tuple[str, ...]], room: int
+) -> list[dict[str, tuple[str, ...]]]:
+    """Split what taps need into rounds whose statistics take up no more than `room` bytes each.
+
+    A tap that needs more has a round of its own. There is one round at least.
+    """
+    rounds: list[dict[str, tuple[str, ...]]] = [{}]
+    used = 0
+    for tap in anatomy.taps:
+        if tap.name in needs:
+            size = statistics_bytes(anatomy, {tap.name: needs[tap.name]})
+            if rounds[-1] and used + size > room:
+                rounds.append({})
+                used = 0
+            rounds[-1][tap.name] = needs[tap.name]
+            used += size
+    return rounds
+
+
+def statistics_bytes(anatomy: Anatomy, needs: Mapping[str, tuple[str, ...]]) -> int:
+    """Return what the statistics of taps take up."""
+    widths = {tap.name: anatomy.linears[tap.readers[0]].shape[1] for tap in anatomy.taps}
+    return sum(
+        STATISTICS[name].num_bytes(widths[tap]) for tap, names in needs.items() for name in names
+    )
 
 
 def _pointers(block: Block, needs: Mapping[str, tuple[str, ...]]) -> dict[int, str]:

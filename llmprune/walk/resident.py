@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmprune.arch.anatomy import Anatomy, anatomy_of, family_of
+from llmprune.arch.anatomy import Anatomy, anatomy_of
+from llmprune.arch.probe import find_family
 from llmprune.arch.types import Family
 from llmprune.base.errors import UnsupportedModel
 from llmprune.checkpoint.skeleton import use_eager_experts
@@ -73,7 +74,7 @@ def in_memory(model: Any) -> Iterator[Resident]:
         UnsupportedModel: the model's family is not known.
     """
     check_resident(model)
-    family = family_of(model.config.model_type)
+    family = find_family(model.config)
     modes = {module: module.training for module in model.modules()}
     experts = getattr(model.config, "_experts_implementation", None)
     use_eager_experts(model)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmprune.arch.types import Family
 from llmprune.base.memory import return_freed
 from llmprune.checkpoint.sink import shard_name, write_index, write_tensors
 from llmprune.checkpoint.skeleton import Skeleton, empty
@@ -39,6 +40,10 @@ class Rewriting:
     @property
     def model(self) -> Any:
         return self.source.model
+
+    @property
+    def family(self) -> Family:
+        return self.source.family
 
     @property
     def modules(self) -> Any:

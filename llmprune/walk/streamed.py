@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmprune.arch.anatomy import Anatomy, anatomy_of
+from llmprune.arch.types import Family
 from llmprune.base.errors import CheckpointError
 from llmprune.base.memory import return_freed
 from llmprune.checkpoint.naming import Naming, naming_of
@@ -37,6 +38,10 @@ class Streamed:
     @property
     def model(self) -> Any:
         return self.skeleton.model
+
+    @property
+    def family(self) -> Family:
+        return self.skeleton.family
 
     @property
     def modules(self) -> Any:
@@ -75,13 +80,13 @@ class Streamed:
         """Read embeddings (or, with `head`, all of the trunk but untied token embeddings)."""
         model = self.model
         entrance, exit_ = model.get_input_embeddings(), model.get_output_embeddings()
-        tied = bool(getattr(model, "all_tied_weights_keys", None))
-        unwanted = (entrance if head else exit_) if not tied else None
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        unwanted = None if tied else (entrance if head else exit_).weight
         trunk = set(self.skeleton.trunk_params())
-        names = [
-            name
+        names = [  # a tied parameter is stored, and filled, under the name it is tied to
+            tied.get(name, name)
             for name, value in model.named_parameters()
-            if name in trunk and (unwanted is None or value is not unwanted.weight)
+            if name in trunk and value is not unwanted
         ]
         self._move_buffers()
         try:

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from llmprune.allocation import ALLOCATIONS
 from llmprune.allocation.projector import default_multiple, project
+from llmprune.allocation.types import Request
+from llmprune.arch.types import Site
 from llmprune.base.errors import RecipeError
 from llmprune.mask.counts import round_half_up
 
@@ -104,7 +106,11 @@ def test_plain_sites_with_uniform_shares_lose_exactly_their_share(
 ) -> None:
     counts = {site: round_half_up(budget * number) for site, number in units.items()}
     assume(all(counts[site] < units[site] for site in units))
-    shares = ALLOCATIONS["uniform"].fn(dict.fromkeys(units), budget, None)
+    sites = [
+        Site(name=site, block=0, spans=(), num_units=number, unit_cost=1)
+        for site, number in units.items()
+    ]
+    shares = ALLOCATIONS["uniform"].fn(Request(sites=sites, target=budget))
     assert project(shares, units, dict.fromkeys(units, 1), budget=budget) == counts
 
 

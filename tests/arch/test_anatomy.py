@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmprune.arch.anatomy import Anatomy, anatomy_of, family_of
+from llmprune.arch.anatomy import Anatomy, anatomy_of
+from llmprune.arch.table import row_of
 from llmprune.base.errors import UnsupportedModel
 
 MakeModel = Callable[..., Any]
@@ -24,9 +25,9 @@ GATED = ATTENTION | {
 }
 GPT2 = {
     "attn_in": ("attn.c_attn.q", "attn.c_attn.k", "attn.c_attn.v"),
-    "attn_out": ("attn.c_proj",),
-    "ffn_in": ("mlp.c_fc",),
-    "ffn_out": ("mlp.c_proj",),
+    "attn.c_proj.in": ("attn.c_proj",),
+    "mlp.c_fc.in": ("mlp.c_fc",),
+    "mlp.c_proj.in": ("mlp.c_proj",),
 }
 EXPERTS = ATTENTION | {
     f"experts.{e}.{end}": tuple(f"mlp.experts.{e}.{name}" for name in names)
@@ -37,7 +38,7 @@ TAPS = {"llama": GATED, "qwen3": GATED, "gemma3_text": GATED, "gpt2": GPT2, "mix
 
 
 def first_block(model: Any, model_type: str) -> tuple[Any, Anatomy]:
-    family = family_of(model_type)
+    family = row_of(model_type)
     block = model.get_submodule(family.blocks)[0]
     shapes = {name: tuple(value.shape) for name, value in block.named_parameters()}
     return block, anatomy_of(family, shapes)
@@ -75,8 +76,8 @@ def test_gpt2_views_are_output_by_input(make_model: MakeModel) -> None:
         "attn.c_attn.k": (32, 32),
         "attn.c_attn.v": (32, 32),
         "attn.c_proj": (32, 32),
-        "mlp.c_fc": (64, 32),
-        "mlp.c_proj": (32, 64),
+        "mlp.c_fc": (128, 32),
+        "mlp.c_proj": (32, 128),
     }
     x_TI = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     fused = block.attn.c_attn
@@ -108,15 +109,25 @@ def test_mixtral_views_are_the_experts_of_the_formula(make_model: MakeModel) -> 
         torch.testing.assert_close(expert_output(views, x_TI), theirs)
 
 
-def test_an_unknown_type_names_itself_and_the_known_ones() -> None:
-    with pytest.raises(UnsupportedModel, match=r"'mamba'.*gemma3_text.*llmprune/arch/table\.py"):
-        family_of("mamba")
+def test_a_block_without_any_linear_of_its_row_is_refused() -> None:
+    shapes = {"self_attn.qkv.weight": (32, 32), "mlp.wide.weight": (64, 32)}
+    with pytest.raises(UnsupportedModel, match=r"none of the linears self_attn\.q_proj.*mlp\.wide"):
+        anatomy_of(row_of("llama"), shapes)
 
 
-def test_a_block_without_a_linear_of_its_row_is_refused() -> None:
-    shapes = {"self_attn.q_proj.weight": (32, 32), "mlp.gate_proj.weight": (64, 32)}
-    with pytest.raises(UnsupportedModel, match=r"has no linear 'mlp\.down_proj'"):
-        anatomy_of(family_of("llama"), shapes)
+def test_blocks_of_another_kind_have_the_taps_whose_readers_they_hold() -> None:
+    shapes = {
+        "self_attn.q_proj.weight": (32, 32),
+        "self_attn.o_proj.weight": (32, 32),
+        "mlp.down_proj.weight": (32, 64),
+    }
+    anatomy = anatomy_of(row_of("llama"), shapes)
+    assert [tap.readers for tap in anatomy.taps] == [
+        ("self_attn.q_proj",),
+        ("self_attn.o_proj",),
+        ("mlp.down_proj",),
+    ]
+    assert anatomy.couplings == ()
 
 
 def test_routers_and_norms_are_no_linears(make_model: MakeModel) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from llmprune.arch.anatomy import family_of
 from llmprune.arch.miniature import SEQ_LEN
+from llmprune.arch.table import row_of
 from llmprune.base.errors import UnsupportedModel
 from llmprune.calibration.replay import (
     Arguments,
@@ -28,7 +28,7 @@ MakeModel = Callable[..., Any]
 
 
 def blocks_of(model: Any) -> Any:
-    return model.get_submodule(family_of(model.config.model_type).blocks)
+    return model.get_submodule(row_of(model.config.model_type).blocks)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from llmprune.arch.probe import find_family
+from llmprune.arch.types import Family
 from llmprune.base.errors import CheckpointError, UnsupportedModel
 from llmprune.checkpoint.skeleton import Skeleton, build_skeleton, empty, fill, read_config, tie
 
@@ -106,9 +109,39 @@ def test_remote_code_is_not_run_unasked(pico: Pico, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_family_without_a_row_is_refused() -> None:
-    with pytest.raises(UnsupportedModel, match="'mamba' has no row"):
-        build_skeleton(AutoConfig.for_model("mamba"), dtype=torch.float32)
+def test_a_family_without_a_row_is_probed() -> None:
+    config = AutoConfig.for_model("phi", num_hidden_layers=3, vocab_size=64)
+    found = build_skeleton(config, dtype=torch.float32)
+    assert found.family.blocks == "model.layers" and len(found.blocks) == 3
+    assert found.family.seen is not None
+
+
+def test_a_block_with_a_parameter_that_the_probe_has_not_seen_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def less(config: Any, **options: Any) -> Family:
+        family = find_family(config, **options)
+        assert family.seen is not None
+        return replace(family, seen=family.seen - {"mlp.fc2.weight"})
+
+    monkeypatch.setattr("llmprune.checkpoint.skeleton.find_family", less)
+    config = AutoConfig.for_model("phi", num_hidden_layers=2, vocab_size=64)
+    with pytest.raises(
+        UnsupportedModel, match=r"block 0 of Phi.*'mlp.fc2.weight'.*miniature lacks"
+    ):
+        build_skeleton(config, dtype=torch.float32)
+
+
+def test_blocks_that_share_a_parameter_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.for_model("llama", num_hidden_layers=3, vocab_size=64, hidden_size=32)
+
+    def tie_blocks(model: Any) -> None:
+        first, *_, last = model.model.layers
+        last.mlp = first.mlp
+
+    monkeypatch.setattr("llmprune.checkpoint.skeleton.tie", tie_blocks)
+    with pytest.raises(UnsupportedModel, match=r"blocks 0 and 2 .* share 'mlp.gate_proj.weight'"):
+        build_skeleton(config, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

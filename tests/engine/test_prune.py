@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from llmprune import api
 from llmprune.base.errors import NumericalError, RecipeError
 from llmprune.checkpoint.source import SINGLE
 from llmprune.delivery.masks import MaskFiles
+from llmprune.engine import cutting
+from llmprune.engine import plan as plan_module
 from llmprune.mask.packed import unpack
 from llmprune.report.run import Report
 from llmprune.walk.streamed import Streamed
@@ -142,6 +145,83 @@ def test_2_of_4_keeps_two_of_every_four(pico: Pico, prune: Prune, streamed: Open
         assert set((weight == 0).view(len(weight), -1, 4).sum(-1).unique().tolist()) == {2}, name
 
 
+NEIGHBOURS = {
+    "random": "magnitude", "wanda-alpha": "wanda", "ria": "wanda", "wanda": "magnitude",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", NEIGHBOURS)
+@pytest.mark.parametrize("pattern", ["unstructured", "4x8"])
+def test_methods_remove_as_much_as_their_neighbours_but_not_the_same(
+    pico: Pico, prune: Prune, tokens: Tensor, method: str, pattern: str
+) -> None:
+    wishes = {"calib": tokens, "num_samples": None, "seq_len": None, "pattern": pattern}
+    own = prune(pico("llama"), "own", method=method, **wishes)
+    other = prune(pico("llama"), "other", method=NEIGHBOURS[method], **wishes)
+    one, two = masks_of(own.out or Path()), masks_of(other.out or Path())
+    assert own.sparsity == other.sparsity == 0.5
+    assert all(int(one[name].sum()) == int(two[name].sum()) for name in one)
+    same = all(torch.equal(one[name], two[name]) for name in one)
+    assert same == (method == "wanda-alpha" and pattern == "4x8")
+
+
+@pytest.mark.parametrize("method", ["random", "wanda-alpha", "ria", "magnitude"])
+@pytest.mark.parametrize("pattern", ["unstructured", "4x8"])
+def test_more_sparsity_removes_more_of_the_same(
+    pico: Pico, prune: Prune, tokens: Tensor, method: str, pattern: str
+) -> None:
+    """In the first block; in the second, scores that see activations see other ones."""
+    wishes = {"calib": tokens, "num_samples": None, "seq_len": None, "pattern": pattern}
+    few, many = (
+        masks_of(prune(pico("gpt2"), str(s), method=method, sparsity=s, **wishes).out or Path())
+        for s in (0.3, 0.6)
+    )
+    first = [name for name in few if ".0." in name]
+    assert first and not any(bool((many[name] & ~few[name]).any()) for name in first)
+
+
+def test_random_masks_follow_from_the_seed_alone(
+    pico: Pico, prune: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = pico("mixtral")
+    one = masks_of(prune(source, "one", method="random", seed=1).out or Path())
+    torch.manual_seed(5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    wishes = {"method": "random", "settings": ["prune.skip=['*q_proj']"]}
+    two = masks_of(prune(source, "two", seed=1, **wishes).out or Path())
+    other = masks_of(prune(source, "other", method="random", seed=2).out or Path())
+    assert two.keys() < one.keys()
+    assert all(torch.equal(one[name], keep) for name, keep in two.items())
+    assert not any(torch.equal(one[name], keep) for name, keep in other.items())
+
+
+def test_another_seed_is_another_run_where_masks_are_drawn(pico: Pico, prune: Prune) -> None:
+    prune(pico("llama"), method="random", seed=1)
+    with pytest.raises(RecipeError, match="seed: 1 then, 2 now"):
+        prune(pico("llama"), method="random", seed=2)
+
+
+@pytest.mark.parametrize("regrow", [False, True])
+def test_tiles_after_single_weights_count_what_was_removed_as_nothing(
+    pico: Pico, prune: Prune, regrow: bool
+) -> None:
+    first = prune(pico("llama"), "first", method="magnitude", sparsity=0.4).out
+    assert first is not None
+    settings = [f"prune.regrow={str(regrow).lower()}"]
+    wishes = {"method": "magnitude", "pattern": "4x4", "settings": settings}
+    second = prune(first, "second", **wishes)
+    assert second.out is not None
+    one, two = masks_of(first), masks_of(second.out)
+    rows = [row for block in second.data["blocks"] for row in block["sites"]]
+    for row in rows:
+        keep = two[row["site"]]
+        tiles = keep.view(keep.shape[0] // 4, 4, keep.shape[1] // 4, 4).any(3).any(1)
+        assert row["removed"] == int((~tiles).sum()) == row["units"] // 2
+        assert row["removed_weights"] == int((~keep).sum())
+        assert regrow or not bool((keep & ~one[row["site"]]).any())
+    assert (second.sparsity == 0.5) == regrow and second.sparsity >= 0.5
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
 def test_masked_and_shrunk_channels_compute_the_same(
     pico: Pico, prune: Prune, tokens: Tensor, model_type: str
@@ -159,15 +239,15 @@ def test_masked_and_shrunk_channels_compute_the_same(
     assert (two - logits_of(source, tokens)).abs().max() > 1e-3 * two.abs().max()
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "ffn-channels"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "8x4", "ffn-channels"])
 def test_streamed_and_resident_give_identical_bits(
     pico: Pico, prune: Prune, stock: Callable[[Path], Any], tokens: Tensor, model_type: str,
     pattern: str,
 ) -> None:  # fmt: skip
-    if pattern == "ffn-channels" and model_type in ("gpt2", "mixtral"):
+    if pattern == "ffn-channels" and model_type == "mixtral":
         pytest.skip("no coupling")
     source = pico(model_type)
-    sparsity = {"ffn-channels": 0.25, "unstructured": 0.5}.get(pattern)
+    sparsity = {"ffn-channels": 0.25, "unstructured": 0.5, "8x4": 0.5}.get(pattern)
     wishes = {"pattern": pattern, "sparsity": sparsity, "calib": tokens}
     out = prune(source, num_samples=None, seq_len=None, **wishes).out
     assert out is not None
@@ -491,3 +571,27 @@ def test_a_kept_weight_keeps_its_bits_in_whatever_dtype_is_computed(
     else:
         columns = {tuple(column.tolist()) for column in before[name].T}
         assert {tuple(column.tolist()) for column in after[name].T} < columns
+
+
+def test_a_block_observed_in_rounds_gives_the_same_bytes(
+    pico: Pico, prune: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prune(pico("mixtral"), "whole").out
+    seen: list[set[str]] = []
+    observe = cutting.observe
+
+    def count(block: Any, stream: Any, needs: Any, *, dense: bool) -> Any:
+        seen.append(set(needs))
+        return observe(block, stream, needs, dense=dense)
+
+    estimate = plan_module.estimate
+    monkeypatch.setattr(cutting, "observe", count)
+    monkeypatch.setattr(
+        plan_module, "estimate", lambda *a, **k: replace(estimate(*a, **k), statistics_bytes=600)
+    )
+    parts = prune(pico("mixtral"), "rounds").out
+    assert whole is not None and parts is not None
+    assert len(seen) > 2 * 2 and not set.intersection(*seen[: len(seen) // 2])
+    assert tensors_of(whole).keys() == tensors_of(parts).keys()
+    for name, value in tensors_of(whole).items():
+        assert same_bits(value, tensors_of(parts)[name]), name

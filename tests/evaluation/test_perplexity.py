@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from llmprune.api import perplexity
 from llmprune.base.errors import NumericalError, RecipeError
-from llmprune.evaluation.perplexity import Perplexity, cut_windows, of_blocks, of_model
+from llmprune.evaluation.perplexity import Perplexity, of_blocks, of_model
+from llmprune.evaluation.windows import cut_windows
 from llmprune.walk.resident import in_memory
 from llmprune.walk.streamed import Streamed
 
@@ -74,25 +77,6 @@ def test_training_mode_comes_back(make_model: Callable[..., Any], tokens: Tensor
     assert model.training
 
 
-def test_windows_do_not_overlap_and_the_rest_is_left() -> None:
-    windows = cut_windows(list(range(11)), 4)
-    assert windows.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and windows.dtype == torch.int64
-    assert cut_windows(list(range(11)), 4, num_windows=1).tolist() == [[0, 1, 2, 3]]
-    assert len(cut_windows(list(range(11)), 4, num_windows=9)) == 2
-
-
-def test_every_window_begins_with_bos_where_asked() -> None:
-    windows = cut_windows(list(range(11)), 4, bos_id=99)
-    assert windows.tolist() == [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]
-
-
-@pytest.mark.parametrize(("num_tokens", "bos_id"), [(3, None), (2, 99)])
-def test_a_text_shorter_than_a_window_is_refused(num_tokens: int, bos_id: int | None) -> None:
-    with pytest.raises(RecipeError, match=rf"has {num_tokens} tokens, fewer than one window of 4"):
-        cut_windows(list(range(num_tokens)), 4, bos_id=bos_id)
-    assert len(cut_windows(list(range(num_tokens + 1)), 4, bos_id=bos_id)) == 1
-
-
 def test_a_loss_that_is_not_finite_is_an_error(
     make_model: Callable[..., Any], tokens: Tensor
 ) -> None:
@@ -140,6 +124,81 @@ def test_bos_is_asked_of_a_tokenizer_that_has_one(
 def test_it_says_what_it_was_measured_on() -> None:
     found = Perplexity(value=7.1234, num_windows=3, seq_len=8, num_predicted=21, bos=True, data="x")
     assert str(found) == "7.123 (3 windows of 8 tokens of x, BOS first)"
+    strided = replace(found, bos=False, stride=4, tokenizer_adds_bos=True)
+    assert str(strided) == (
+        "7.123 (3 windows of 8 tokens of x, stride 4, no BOS (the tokenizer would add it))"
+    )
+
+
+def test_a_strange_value_without_the_bos_that_belongs_there_is_questioned() -> None:
+    found = Perplexity(value=7e4, num_windows=3, seq_len=8, num_predicted=21, bos=False, data="x")
+    assert found.warning is None
+    assert "--bos auto" in str(replace(found, tokenizer_adds_bos=True).warning)
+    assert replace(found, tokenizer_adds_bos=True, bos=True).warning is None
+    assert replace(found, tokenizer_adds_bos=True, value=7.0).warning is None
+
+
+def test_auto_begins_windows_as_the_tokenizer_begins_texts(
+    text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The demo's tokenizer adds BOS; a pico tokenizer has none."""
+    options = {"data": str(text_file), "seq_len": 32, "num_windows": 2, "device": "cpu"}
+    auto, plain = perplexity("demo", bos="auto", **options), perplexity("demo", **options)
+    assert auto.bos and auto.value == perplexity("demo", bos=True, **options).value
+    assert not plain.bos and plain.tokenizer_adds_bos and plain.value != auto.value
+    assert plain.value > 100 and "warning: a perplexity of" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def as_hugging_face_documents(model: Any, ids: list[int], seq_len: int, stride: int) -> float:
+    """The loop of the transformers documentation on perplexity of fixed-length models."""
+    losses, before = [], 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + seq_len, len(ids))
+        new = end - before
+        window = torch.tensor(ids[begin:end])
+        logits_TV = model(input_ids=window[None]).logits[0].double()
+        losses += [
+            -float(logits_TV[place - 1].log_softmax(-1)[window[place]])
+            for place in range(len(window))
+            if place and place >= len(window) - new
+        ]
+        before = end
+        if end == len(ids):
+            break
+    return math.exp(sum(losses) / len(losses))
+
+
+@pytest.mark.parametrize(("seq_len", "stride"), [(24, 24), (24, 8), (24, 7), (16, 1)])
+def test_strides_are_those_of_hugging_face(
+    pico: Pico,
+    stock: Callable[[Path], Any],
+    streamed: Callable[..., Streamed],
+    seq_len: int,
+    stride: int,
+) -> None:
+    """Gemma slides its own window, so that the filling of the last one would show."""
+    folder, num_tokens = pico("gemma3_text"), 61
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, 64, (num_tokens,), generator=generator).tolist()
+    expected = as_hugging_face_documents(stock(folder), ids, seq_len, stride)
+    windows = cut_windows(ids, seq_len, stride=stride)
+    for value, count in (
+        of_model(stock(folder), *windows, micro_batch=4),
+        of_blocks(streamed(folder), *windows, micro_batch=3),
+    ):
+        assert value == pytest.approx(expected, rel=1e-5)
+        assert count == num_tokens - (3 if stride == seq_len else 1)
+
+
+def test_more_context_lowers_the_perplexity_of_a_trained_model(text_file: Path) -> None:
+    book = Path(str(resources.files("llmprune") / "demo" / "evaluation.txt"))
+    text = text_file.with_name("book.txt")
+    text.write_text(book.read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    options = {"data": str(text), "seq_len": 64, "device": "cpu"}
+    strided = perplexity("demo", stride=16, **options)
+    assert strided.value < 0.95 * perplexity("demo", **options).value
+    assert "windows of 64 tokens" in str(strided) and "stride 16" in str(strided)
 
 
 def test_windows_walked_in_groups_give_the_same(

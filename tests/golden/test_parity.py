@@ -87,8 +87,8 @@ def gaps_of_disagreements(
     order = [site.name for site in api.plan("demo", **wish(name), **shape).sites]
     decide, gaps = solving.choose_keep, []
 
-    def choose(pattern: Any, score_OI: Tensor, count: int, group: str) -> Tensor:
-        keep_OI = decide(pattern, score_OI, count, group)
+    def choose(pattern: Any, score_OI: Tensor, count: int, *others: Any) -> Tensor:
+        keep_OI = decide(pattern, score_OI, count, *others)
         disagree = keep_OI != theirs[order[len(gaps)]]
         width = getattr(pattern, "m", score_OI.shape[1])
         score, removed = score_OI.reshape(-1, width), ~keep_OI.reshape(-1, width)

@@ -6,25 +6,43 @@ import re
 
 import pytest
 
+from llmprune.allocation import ALLOCATIONS
 from llmprune.base.errors import UnknownName
 from llmprune.catalog import METHODS
 from llmprune.recipe.models import PATTERNS, PruneStep
+from llmprune.score import SCORES
+from llmprune.solver import SOLVERS
 
 
 def test_each_row_is_listed_under_its_own_name() -> None:
-    assert {name: method.name for name, method in METHODS.items()} == {
-        "magnitude": "magnitude",
-        "wanda": "wanda",
-    }
+    names = {"random", "magnitude", "magnitude-global", "lamp", "wanda", "wanda-alpha", "ria"}
+    assert names <= METHODS.keys()
+    assert all(name == method.name for name, method in METHODS.items())
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_each_row_can_be_asked_for_and_cites_its_paper(name: str) -> None:
     method = METHODS[name]
-    assert method.group in ("row", "matrix")
+    assert method.group in ("row", "matrix", "mass")
     assert set(method.patterns) <= set(PATTERNS)
-    assert re.search(r"arXiv:\d{4}\.\d{5}$", method.paper)
-    assert str(method.year)[2:] == method.paper.split("arXiv:")[1][:2]
+    found = re.search(r"arXiv:(\d\d)\d\d\.\d{5}$|20(\d\d), openreview:\w{10}$", method.paper)
+    assert found is not None
+    assert str(method.year)[2:] in found.groups()
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_each_row_names_parts_that_there_are(name: str) -> None:
+    method = METHODS[name]
+    assert method.score in SCORES
+    assert method.solver in SOLVERS
+    assert method.allocation in ALLOCATIONS
+
+
+def test_no_two_rows_are_the_same_method() -> None:
+    parts = [
+        (row.score, row.allocation, row.solver, row.group, row.pool) for row in METHODS.values()
+    ]
+    assert len(set(parts)) == len(parts)
 
 
 def test_the_default_method_of_a_recipe_is_in_the_catalogue() -> None:

@@ -55,7 +55,17 @@ def test_the_configs_name_every_key(path: Path) -> None:
         ({"pattern": "0:4"}, r"'0:4' would keep 0 of every 4"),
         ({"pattern": "4:4"}, r"'4:4' would keep 4 of every 4"),
         ({"pattern": 124}, r"pattern: 124 is a number here\. Put quotes around it: '124'"),
-        ({"sparsity": 0.5, "group": "rows"}, r"group: 'rows' does not fit; .*'row' or 'matrix'"),
+        ({"sparsity": 0.5, "group": "rows"}, r"group: 'rows' does not fit; .*'matrix' or 'mass'"),
+        ({"pattern": "1x1", "sparsity": 0.5}, r"pattern: '1x1' is no tile\. .*as in '16x16'"),
+        ({"sparsity": 0.5, "min_keep": 1}, r"min_keep: 1 is not a fraction.*type 0\.05"),
+        ({"sparsity": 0.5, "sparsities": {"*": 30}}, r"sparsities: 30 for '\*'.*mean 0\.3\?"),
+        ({"sparsity": 0.5, "sparsities": {}}, r"sparsities: no linear is named"),
+        ({"sparsity": 0.5, "sparsities": [0.5]}, r"sparsities: \[0\.5\] is not a mapping"),
+        ({"sparsity": 0.5, "allocation": "manual"}, r"sparsities: no linear is named.*down_proj"),
+        (
+            {"sparsity": 0.5, "allocation": "lamp", "sparsities": {"*": 0.5}},
+            r"sparsities: shares .* contradict allocation 'lamp'",
+        ),
     ],
 )
 def test_a_malformed_prune_step_is_explained(prune: dict[str, Any], message: str) -> None:
@@ -63,9 +73,9 @@ def test_a_malformed_prune_step_is_explained(prune: dict[str, Any], message: str
         build(wish(**prune))
 
 
-@pytest.mark.parametrize("pattern", ["N:M", "diagonal"])
+@pytest.mark.parametrize("pattern", ["N:M", "HxW", "diagonal"])
 def test_an_unknown_pattern_is_an_unknown_name(pattern: str) -> None:
-    with pytest.raises(UnknownName, match=rf"prune\.pattern: '{pattern}' .*ffn-channels, and N:M"):
+    with pytest.raises(UnknownName, match=rf"prune\.pattern: '{pattern}' .*ffn-channels, N:M"):
         build(wish(pattern=pattern, sparsity=0.5))
 
 

@@ -129,6 +129,31 @@ WISHES = {
         ("--pattern", "ffn-channels", "--sparsity", "0.9"),
         ("prune.sparsity: 0.9", "ffn-channels holds"),
     ),
+    "a scale that linears do not share": (
+        ("--set", "prune.allocation=global"),
+        ("prune.allocation: global", "wanda", "--method magnitude-global"),
+    ),
+    "shares that N:M fixes": (
+        ("--method", "magnitude-global", "--pattern", "2:4"),
+        ("prune.allocation: 2:4 fixes", "--method magnitude"),
+    ),
+    "tiles that do not fill": (
+        ("--pattern", "24x16"),
+        ("24x16 tiles", "model.layers.0.self_attn.q_proj", "32 x 32", "8x16", "prune.skip"),
+    ),
+    "a tile of one weight": (("--pattern", "1x1"), ("'1x1' is no tile", "unstructured")),
+    "a share of no linear": (
+        ("--set", "prune.sparsities={'*down': 0.3}"),
+        ("prune.sparsities: '*down' names no linear", "mlp.down_proj"),
+    ),
+    "shares that miss the total": (
+        ("--set", "prune.sparsities={'*mlp*': 0.9}"),
+        ("prune.sparsities", "can be reached", "sparsity is 0.5", "--sparsity"),
+    ),
+    "a floor above the total": (
+        ("--method", "magnitude-global", "--set", "prune.min_keep=0.6"),
+        ("prune.sparsity: 0.5 cannot be removed", "prune.min_keep"),
+    ),
     "text that is not there": (
         ("--calib", "nowhere.txt"),
         ("calibration.data", "'nowhere.txt'", "demo"),
@@ -297,9 +322,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda f: edit_config(f, model_type="llava", vision_config={"hidden_size": 8}),
         ("llava", "vision tower", "language model"),
     ),
-    "unknown family": (
-        lambda f: (f / "config.json").write_text('{"model_type": "ctrl"}'),
-        ("'ctrl'", "Supported: ", "llama", "llmprune/arch/table.py"),
+    "family without blocks in a row": (
+        lambda f: (f / "config.json").write_text('{"model_type": "hrm_text"}'),
+        ("HrmTextForCausalLM has no list of blocks", "model.H_module.layers"),
+    ),
+    "family that wants a walk of its own": (
+        lambda f: (f / "config.json").write_text('{"model_type": "xlm"}'),
+        ("holds no tensor for", "transformers would fill it"),
     ),
     "unknown model type": (
         lambda f: edit_config(f, model_type="lama"),

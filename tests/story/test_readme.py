@@ -33,8 +33,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = tools / "llmprune"
     script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m llmprune "$@"\n')
     script.chmod(0o755)
-    if (README.parent / "configs").is_dir():
-        (home / "configs").symlink_to(README.parent / "configs")
+    for folder in ("configs", "eval"):
+        (home / folder).symlink_to(README.parent / folder)
     return home
 
 
@@ -50,8 +50,9 @@ def test_a_command_of_the_readme_is_carried_out(
     place = workplace / "here"
     place.mkdir(exist_ok=True)
     monkeypatch.chdir(place)
-    if not Path("configs").exists():
-        Path("configs").symlink_to(README.parent / "configs")
+    for folder in ("configs", "eval"):
+        if not Path(folder).exists():
+            Path(folder).symlink_to(README.parent / folder)
     ended = command(*shlex.split(line, comments=True)[1:])
     assert ended.code == 0, ended.err
 

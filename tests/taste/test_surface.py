@@ -20,11 +20,15 @@ PUBLIC = [
     "LlmpruneError",
     "Recipe",
     "Report",
+    "evaluate",
     "gate",
+    "inspect",
     "load",
     "perplexity",
     "plan",
     "prune",
+    "push",
+    "rolling_perplexity",
     "run",
 ]
 FLAGS = [
@@ -52,7 +56,29 @@ FLAGS = [
     "--trust-remote-code",
     "--version",
 ]
-COMMANDS = ["eval", "gate", "methods", "plan", "show"]
+COMMANDS = ["eval", "gate", "inspect", "methods", "plan", "push", "show"]
+EVAL_FLAGS = [
+    "--apply-chat-template",
+    "--baseline",
+    "--batch-size",
+    "--bos",
+    "--device",
+    "--dtype",
+    "--help",
+    "--include-path",
+    "--json",
+    "--limit",
+    "--num-fewshot",
+    "--num-windows",
+    "--perplexity",
+    "--revision",
+    "--rolling",
+    "--seed",
+    "--seq-len",
+    "--stride",
+    "--tasks",
+    "--trust-remote-code",
+]
 HEAVY = ("torch", "transformers", "datasets", "peft", "lm_eval", "matplotlib", "accelerate")
 
 
@@ -91,7 +117,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 
 def test_public_functions_are_those_of_the_api() -> None:
     api = import_module("llmprune.api")
-    for name in ("gate", "load", "perplexity", "plan", "prune", "run"):
+    for name in filter(str.islower, PUBLIC):
         assert getattr(llmprune, name) is getattr(api, name)
 
 
@@ -104,6 +130,11 @@ def test_the_commands_are_frozen_and_documented() -> None:
     assert sorted(group.commands) == COMMANDS
     for name, command in group.commands.items():
         assert command.help, name
+
+
+def test_the_flags_of_eval_are_frozen() -> None:
+    group = typer.main.get_command(cli.app)
+    assert flags_of(group.commands["eval"]) == EVAL_FLAGS
 
 
 def test_plan_takes_the_flags_that_make_a_recipe() -> None:

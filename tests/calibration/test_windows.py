@@ -1,9 +1,7 @@
-"""Text becomes the same windows every time, and what cannot be read is named."""
+"""Documents become the same windows every time."""
 
 from __future__ import annotations
 
-import gzip
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,18 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from llmprune.base.errors import RecipeError, UnknownName
-from llmprune.calibration import text
-from llmprune.calibration.text import (
-    evaluation_text,
-    read_documents,
-    token_hash,
-    token_ids,
-    tokenize_windows,
-)
+from llmprune.base.errors import RecipeError
+from llmprune.calibration import windows as module
+from llmprune.calibration.documents import read_documents
+from llmprune.calibration.heldout import evaluation_text
+from llmprune.calibration.windows import token_hash, token_ids, tokenize_windows
 
-ROWS = [{"text": f"Document number {i}.", "id": i, "note": "x"} for i in range(5)]
-TEXTS = [str(row["text"]) for row in ROWS]
+TEXTS = [f"Document number {i}." for i in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -42,89 +35,6 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     )
     backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     return PreTrainedTokenizerFast(tokenizer_object=backend)
-
-
-def write_table(path: Path, rows: list[dict[str, Any]]) -> str:
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(lines.encode()))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".parquet":
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        parquet.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        path.write_text(lines)
-    return str(path)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.parquet"])
-def test_tables_are_read_by_their_text_column(name: str, tmp_path: Path) -> None:
-    path = write_table(tmp_path / name, ROWS)
-    assert list(read_documents(path, seed=0)) == TEXTS
-    assert list(read_documents(path, seed=0, column="note")) == ["x"] * 5
-
-
-def test_the_only_column_of_text_needs_no_name(tmp_path: Path) -> None:
-    path = write_table(tmp_path / "a.jsonl", [{"id": 1, "body": "words"}, {"id": 2, "body": None}])
-    assert list(read_documents(path, seed=0)) == ["words"]
-
-
-@pytest.mark.parametrize(
-    ("row", "column", "message"),
-    [
-        ({"a": "x", "b": "y"}, None, r"^calibration\.data: .*columns: a, b\."),
-        ({"a": "x"}, "aa", r"^calibration\.column: 'aa'.*Did you mean 'a'\?"),
-        ({"a": ["x"]}, "a", r"column 'a' .* holds list, not text"),
-    ],
-)
-def test_a_column_that_is_not_clear_is_asked_for(
-    row: dict[str, Any], column: str | None, message: str, tmp_path: Path
-) -> None:
-    path = write_table(tmp_path / "a.jsonl", [row])
-    with pytest.raises(RecipeError, match=message):
-        list(read_documents(path, seed=0, column=column))
-
-
-def test_folders_and_globs_are_read_in_seeded_order(tmp_path: Path) -> None:
-    for i in range(6):
-        (tmp_path / f"{i}.txt").write_text(f"text {i}")
-    (tmp_path / "ignored.bin").write_text("not text")
-    orders = [list(read_documents(str(tmp_path), seed=seed)) for seed in (0, 0, 1)]
-    assert orders[0] == orders[1] != orders[2]
-    assert sorted(orders[0]) == [f"text {i}" for i in range(6)]
-    assert list(read_documents(str(tmp_path / "[01].txt"), seed=0)) != []
-    assert evaluation_text(str(tmp_path)) == "\n\n".join(f"text {i}" for i in range(6))
-
-
-def test_names_that_are_not_there_get_a_near_match(tmp_path: Path) -> None:
-    (tmp_path / "novels.txt").write_text("words")
-    with pytest.raises(UnknownName, match="Did you mean 'demo'"):
-        next(read_documents("dmo", seed=0))
-    with pytest.raises(UnknownName, match=r"Did you mean '.*novels\.txt'"):
-        next(read_documents(str(tmp_path / "novel.txt"), seed=0))
-    with pytest.raises(UnknownName, match=r"^evaluate\.data: .*Hub are not read yet"):
-        evaluation_text("wikitext2")
-
-
-def test_files_without_text_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n{bad')
-    (tmp_path / "latin.txt").write_bytes(b"\xe9")
-    (tmp_path / "a.bin").write_bytes(b"x")
-    for name, message in {
-        "empty.txt": "there is no text in it",
-        "empty.jsonl": "there is no text in it",
-        "broken.jsonl": "cannot read",
-        "latin.txt": "Give text in UTF-8",
-        "a.bin": r"Give files that end in \.txt",
-        "*.md": "holds no file",
-    }.items():
-        with pytest.raises(RecipeError, match=message):
-            list(read_documents(str(tmp_path / name), seed=0))
 
 
 def test_windows_are_seeded_stretches_of_the_text(tokenizer: Any) -> None:
@@ -181,7 +91,7 @@ def test_too_little_text_gives_a_notice_or_an_error(tokenizer: Any) -> None:
 def test_reading_stops_when_there_is_enough(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text, "_BUFFER_DOCUMENTS", 2)
+    monkeypatch.setattr(module, "_BUFFER_DOCUMENTS", 2)
     count = 0
 
     def endless() -> Any:
@@ -200,7 +110,7 @@ def test_pieces_of_long_text_give_the_tokens_of_the_whole(
 ) -> None:
     words = evaluation_text("demo")[:20_000]
     whole = token_ids(words, tokenizer)
-    monkeypatch.setattr(text, "_PIECE", 300)
+    monkeypatch.setattr(module, "_PIECE", 300)
     assert token_ids(words, tokenizer) == whole
     assert token_ids(words, tokenizer, limit=100) == whole[:100]
     assert token_ids("x" * 1000, tokenizer) != []

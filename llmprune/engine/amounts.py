@@ -1,0 +1,221 @@
+"""How much every site loses: which allocation decides, whether it can, and the integer counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from llmprune.allocation import ALLOCATIONS
+from llmprune.allocation.projector import default_multiple, project
+from llmprune.allocation.types import Request
+from llmprune.arch.types import Site
+from llmprune.base.errors import RecipeError
+from llmprune.catalog import METHODS, Method
+from llmprune.engine.cost import Survey
+from llmprune.engine.sites import is_skipped
+from llmprune.mask.counts import exact_sparsity, round_half_up
+from llmprune.mask.pattern import Channels, NofM, Pattern, Tiles
+from llmprune.score import SCORES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmprune.recipe.models import PruneStep
+
+
+def choose_allocation(step: PruneStep, method: Method, pattern: Pattern) -> str:
+    """Return the allocation: asked for, implied by named shares, or the method's own.
+
+    Raises:
+        UnknownName: no allocation has this name.
+        RecipeError: it cannot be used with this method or pattern; says why.
+    """
+    name = step.allocation or ("manual" if step.sparsities else method.allocation)
+    ALLOCATIONS[name]
+    ranks = is_ranked(name)
+    if step.min_keep is not None and not ranks:
+        raise RecipeError(
+            f"prune.min_keep: {step.min_keep:g} limits what a ranking of the whole model takes "
+            f"from one linear, and allocation {name} ranks none. Leave it out, or choose the "
+            f"allocation with --set prune.allocation=global."
+        )
+    if ranks and SCORES[method.score].learnt:
+        own = next((row.name for row in METHODS.values() if row.allocation == name), "magnitude")
+        raise RecipeError(
+            f"prune.allocation: {name} ranks the weights of all linears together, but the scores "
+            f"of {method.name} grow with the activations that a linear reads and so differ in "
+            f"scale from linear to linear. Use --method {own}, or --set prune.allocation=uniform."
+        )
+    if isinstance(pattern, NofM) and name != "uniform":
+        raise RecipeError(
+            f"prune.allocation: {step.pattern} fixes what every linear loses, so {name} has "
+            f"nothing to decide. Use --pattern unstructured{_plain(method)}."
+        )
+    if isinstance(pattern, Channels) and name != "uniform":
+        why = "ranks single weights" if ranks else "gives linears shares of their own"
+        raise RecipeError(
+            f"prune.allocation: {name} {why}, but {step.pattern} takes equally many channels in "
+            f"every block, which the config can hold. Use --pattern unstructured{_plain(method)}."
+        )
+    _check_pattern(step, method)
+    return name
+
+
+def is_ranked(name: str) -> bool:
+    """Tell whether an allocation ranks all units of the model together."""
+    profile = ALLOCATIONS[name].profile
+    return profile is not None and profile.ranked
+
+
+def allocate(
+    step: PruneStep,
+    allocation: str,
+    pattern: Pattern,
+    sites: Sequence[Site],
+    eligible: int,
+    *,
+    profiles: Mapping[str, Tensor] | None = None,
+) -> dict[str, int] | None:
+    """Return how many units each site loses; None where that awaits the profiles of a survey.
+
+    Raises:
+        RecipeError: the asked share cannot be reached.
+    """
+    row, target = ALLOCATIONS[allocation], exact_sparsity(step.sparsity)
+    if isinstance(pattern, NofM):
+        target = pattern.sparsity or target
+        return {site.name: int(site.num_units * target) for site in sites}
+    if isinstance(pattern, Channels):
+        return _channels(step, allocation, sites, eligible, target)
+    if is_ranked(allocation):
+        _check_spared(step, allocation, sites)
+    if row.profile is not None and profiles is None:
+        return None
+    named = name_shares(step.sparsities or {}, sites)
+    request = Request(sites=sites, target=target, named=named, profiles=profiles or {})
+    shares = row.fn(request)
+    units = {site.name: site.num_units for site in sites}
+    whole = {name: share * units[name] for name, share in shares.items()}
+    if allocation != "uniform" and all(count.denominator == 1 for count in whole.values()):
+        return {name: int(count) for name, count in whole.items()}
+    costs = {site.name: site.unit_cost for site in sites}
+    if isinstance(pattern, Tiles) or allocation != "uniform":
+        budget = num_pruned(step, sites) * sites[0].unit_cost
+        return project(shares, units, costs, budget=budget, exact=True)
+    return project(shares, units, costs, budget=target)
+
+
+def num_pruned(step: PruneStep, sites: Sequence[Site]) -> int:
+    """Return how many of all units go: the asked share of their number, rounded half up."""
+    return round_half_up(exact_sparsity(step.sparsity) * sum(site.num_units for site in sites))
+
+
+def spared(step: PruneStep, allocation: str, sites: Sequence[Site]) -> dict[str, int]:
+    """Return how many units of each site a ranking leaves whatever their rank: at least one."""
+    share = ALLOCATIONS[allocation].min_keep
+    if step.min_keep is not None:
+        share = exact_sparsity(step.min_keep)
+    return {site.name: max(1, math.ceil(share * site.num_units)) for site in sites}
+
+
+def name_shares(sparsities: Mapping[str, float], sites: Sequence[Site]) -> dict[str, Fraction]:
+    """Return the share of every site that a glob names, by full name or relative to its block.
+
+    Raises:
+        RecipeError: a glob names no site, or two name one site differently.
+    """
+    found: dict[str, tuple[str, Fraction]] = {}
+    for glob, share in sparsities.items():
+        exact, any_named = exact_sparsity(share), False
+        for site in sites:
+            linear = site.spans[0].linear
+            if not is_skipped(linear, site.name.removesuffix(linear), [glob]):
+                continue
+            any_named = True
+            before, other = found.setdefault(site.name, (glob, exact))
+            if other != exact:
+                raise RecipeError(
+                    f"prune.sparsities: {before!r} gives {site.name} {float(other):g}, and "
+                    f"{glob!r} gives it {float(exact):g}. Write globs that do not overlap."
+                )
+        if not any_named:
+            known = [site.spans[0].linear for site in sites if site.block == sites[0].block]
+            raise RecipeError(
+                f"prune.sparsities: {glob!r} names no linear that is pruned. The first block has "
+                f"{', '.join(sorted(known)[:8])}; type '*' for any characters, as in '*down_proj'."
+            )
+    return {name: share for name, (_, share) in found.items()}
+
+
+def survey_cost(allocation: str, sites: Sequence[Site], itemsize: int) -> Survey:
+    """Return what a survey reads and holds; `itemsize` is that of the stored weights.
+
+    A ranking looks twice unless all scores of a bin are equal, as those of bfloat16 weights are.
+    """
+    profile = ALLOCATIONS[allocation].profile
+    assert profile is not None
+    once = not profile.ranked or (itemsize == 2 and profile.normalise is None)
+    return Survey(
+        num_reads=1 if once else 2,
+        num_linears=len(sites) if profile.ranked else 0,
+        forward=bool(profile.needs),
+    )
+
+
+def _channels(
+    step: PruneStep, allocation: str, sites: Sequence[Site], eligible: int, target: Fraction
+) -> dict[str, int]:
+    """Return equally many channels of every site, in multiples.
+
+    Raises:
+        RecipeError: they hold less than the asked share of the eligible weights.
+    """
+    covered = sum(site.num_weights for site in sites)
+    share = Fraction(target * eligible, covered)
+    if share >= 1:
+        raise RecipeError(
+            f"prune.sparsity: {step.sparsity:g} of the eligible weights is more than "
+            f"{step.pattern} holds ({covered / eligible:.3f} of them). Ask for less, or leave the "
+            "others out of the count with --set 'prune.skip=[\"*self_attn*\"]'."
+        )
+    units = {site.name: site.num_units for site in sites}
+    return project(
+        ALLOCATIONS[allocation].fn(Request(sites=sites, target=share)),
+        units,
+        {site.name: site.unit_cost for site in sites},
+        budget=share,
+        ties=[list(units)],
+        multiple=step.multiple or default_multiple(min(units.values())),
+    )
+
+
+def _check_spared(step: PruneStep, allocation: str, sites: Sequence[Site]) -> None:
+    """Raise where more is asked than a ranking may take."""
+    total = sum(site.num_units for site in sites)
+    most = total - sum(spared(step, allocation, sites).values())
+    if num_pruned(step, sites) > most:
+        raise RecipeError(
+            f"prune.sparsity: {step.sparsity:g} cannot be removed. At most {most / total:.6g} can, "
+            "because a share of every linear, prune.min_keep, always stays. Lower one of them, as "
+            "in --set prune.min_keep=0.01."
+        )
+
+
+def _check_pattern(step: PruneStep, method: Method) -> None:
+    """Raise where a method does not say how to choose such a mask."""
+    kinds = {"N:M": ":" in step.pattern, "HxW": step.pattern[:1].isdigit()}
+    kind = next((name for name, meant in kinds.items() if meant), step.pattern)
+    if kind not in method.patterns:
+        others = ", ".join(row.name for row in METHODS.values() if kind in row.patterns)
+        raise RecipeError(
+            f"prune.pattern: method {method.name} has no rule for {step.pattern}; it is for "
+            f"{', '.join(method.patterns)}. Use another pattern, or a method that has one: "
+            f"{others}."
+        )
+
+
+def _plain(method: Method) -> str:
+    """Return what else to type where the allocation comes with the method."""
+    return ", or --method magnitude" if method.allocation != "uniform" else ""

@@ -1,0 +1,152 @@
+"""The calibration text of a run: read once, kept for a resumed run, compared with evaluation text.
+
+Shapes: N windows, T tokens in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune.base.progress import Progress
+from llmprune.calibration.leak import MOST_SHARED, shared_share
+from llmprune.calibration.mix import Windows, read_windows, window_record, wish_hash
+from llmprune.calibration.selection import AUTO, DEMO, calibration_texts, is_demo, place_of
+from llmprune.calibration.windows import tokenize_windows
+from llmprune.checkpoint.sink import write_tensors
+from llmprune.engine.opening import Opened, read_tokenizer
+from llmprune.engine.plan import Plan
+from llmprune.engine.records import Records
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunText:
+    """Token windows (N, T) of a run, and what its folder keeps of them.
+
+    Without windows: of a run that needs none, or a finished result whose text was on the Hub.
+    """
+
+    tokens: Tensor | None = None
+    hash: str | None = None
+    kept: Mapping[str, Any] | None = None
+
+    @property
+    def fixes(self) -> dict[str, Any]:
+        """Return what run.json holds: the hash, which decides, and where the text came from."""
+        return {"tokens": self.hash, "text": None if self.kept is None else dict(self.kept)}
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """Return what a report says of the text."""
+        return None if self.kept is None else dict(self.kept["record"])
+
+    def keep(self, records: Records) -> None:
+        """Write the windows for a resumed run where they came from the Hub.
+
+        They go with the records when the result is published: a text may be private.
+        """
+        path = _kept_file(records)
+        if self.tokens is not None and self.kept and self.kept["is_remote"] and not path.exists():
+            write_tensors(path, {"tokens": self.tokens})
+
+
+def run_text(
+    opened: Opened,
+    records: Records,
+    progress: Progress,
+    *,
+    before: Mapping[str, Any] | None,
+    finished: bool,
+    given: Tensor | Windows | None = None,
+) -> RunText:
+    """Return the text of a run; `before` is what an earlier run of this folder wrote down.
+
+    What that read from the Hub for the same wish is not asked for again.
+
+    Raises:
+        LlmpruneError: the text is not there, cannot be reached, or is too short; no tokenizer.
+    """
+    if not opened.plan.forward:
+        return RunText()
+    if isinstance(given, Windows):
+        return _text("", given)
+    if given is not None:
+        return _text("", Windows(tokens=given, record=window_record("token ids", given)))
+    asked = wish_hash(opened.plan.recipe, opened.plan.seq_len, opened.source.folder)
+    known = (before or {}).get("text") or {}
+    if before and known.get("is_remote") and known.get("asked") == asked:
+        if finished:
+            return RunText(hash=before["tokens"], kept=known)
+        if _kept_file(records).exists():
+            from safetensors.torch import load_file
+
+            tokens = load_file(_kept_file(records))["tokens"]
+            return _text(asked, Windows(tokens=tokens, record=known["record"], is_remote=True))
+    tokenizer = read_tokenizer(opened.source, opened.plan.recipe)
+    return _text(asked, calibration_windows(opened.plan, tokenizer, progress))
+
+
+def calibration_windows(
+    plan: Plan, tokenizer: Any, progress: Progress, *, texts: Sequence[str] | None = None
+) -> Windows:
+    """Return the token windows (N, T) of the recipe's text, or of texts given as strings.
+
+    Raises:
+        RecipeError: the text is not there, cannot be reached, or is too short.
+    """
+    recipe = plan.recipe
+    if texts is None:
+        names = [text.data for text in calibration_texts(recipe)]
+        if any(place_of(name) in ("preset", "hub") for name in names):
+            default = ", the default" if recipe.calibration.data == AUTO else ""
+            progress.note(f"calibration: reading {', '.join(names)} from the Hub{default}")
+        if not is_demo(recipe.model) and DEMO in names:
+            progress.note(
+                "calibration: the bundled demo text (English novels). Text like that of your use "
+                "gives a better result: --calib c4 or --calib FILE."
+            )
+        found = read_windows(recipe, tokenizer, seq_len=plan.seq_len)
+    else:
+        tokens, notice = tokenize_windows(
+            texts,
+            tokenizer,
+            num_samples=recipe.calibration.num_samples,
+            seq_len=plan.seq_len,
+            seed=recipe.seed,
+            bos=recipe.calibration.bos,
+        )
+        notices = (notice,) if notice else ()
+        found = Windows(tokens=tokens, record=window_record("texts", tokens), notices=notices)
+    for notice in found.notices:
+        progress.warn(notice)
+    return found
+
+
+def leaked_share(
+    tokens: Tensor | None, evaluation_NT: Tensor | None, progress: Progress
+) -> float | None:
+    """Return how much of the evaluation text was calibrated on; warn where that counts."""
+    if tokens is None or evaluation_NT is None:
+        return None
+    share = shared_share(tokens, evaluation_NT)
+    if share > MOST_SHARED:
+        progress.warn(
+            f"{100 * share:.1f} % of the evaluation text is in the calibration text, so the "
+            "perplexity of the result will flatter. Choose another --calib, or another text with "
+            "--set evaluate.data=NAME."
+        )
+    return share
+
+
+def _text(asked: str, windows: Windows) -> RunText:
+    kept = {"asked": asked, "is_remote": windows.is_remote, "record": dict(windows.record)}
+    return RunText(tokens=windows.tokens, hash=windows.record["tokens"], kept=kept)
+
+
+def _kept_file(records: Records) -> Path:
+    return records.own / "records" / "tokens.safetensors"

@@ -1,0 +1,386 @@
+"""Measuring a model that is named or given: perplexity of tokens, of words, and tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmprune.base.errors import LlmpruneError, RecipeError
+from llmprune.base.progress import Progress
+from llmprune.calibration.heldout import evaluation_text, most_windows
+from llmprune.calibration.windows import token_ids
+from llmprune.checkpoint.locate import open_source
+from llmprune.checkpoint.sink import write_json
+from llmprune.checkpoint.source import Source, open_folder, read_json
+from llmprune.delivery.masks import OWN
+from llmprune.engine.opening import (
+    choose_device,
+    choose_dtype,
+    open_blocks,
+    read_tokenizer,
+    storage_dtype,
+)
+from llmprune.engine.plan import sequence_length
+from llmprune.evaluation.harness import check_fits, run_tasks
+from llmprune.evaluation.perplexity import Perplexity, loss_of_blocks, loss_of_model, pose
+from llmprune.evaluation.rolling import RollingPerplexity, per_word_and_byte, prefix_token
+from llmprune.evaluation.scores import ALONE, DENSE, PRUNED, Evaluation, Score, TaskFacts
+from llmprune.evaluation.tasks import hushed, open_tasks
+from llmprune.evaluation.windows import Bos, Windows, count_words, rolling_windows
+from llmprune.recipe import build, default_steps
+
+if TYPE_CHECKING:
+    from llmprune.recipe import Recipe
+
+KINDS = {Perplexity: "perplexity", RollingPerplexity: "rolling", Evaluation: "tasks"}
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any = None,
+    data: str = "demo",
+    *,
+    seq_len: int | None = None,
+    num_windows: int | None = None,
+    stride: int | None = None,
+    bos: Bos = False,
+    micro_batch: int = 1,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Perplexity:
+    """Measure the perplexity of tokens over windows of one joined text, as the papers do.
+
+    Args:
+        model: a `PreTrainedModel`, or a folder, which is streamed and may be larger than memory.
+        tokenizer: the model's; read from the folder when absent.
+        data: "demo" (the bundled evaluation text), "wikitext2" or "c4" (joined and split as in the
+            papers), or a file.
+        seq_len: tokens per window; min(2048, the model's maximum).
+        num_windows: how many from the start of the text; when absent all, or as many tokens as the
+            papers score (c4: 256 windows).
+        stride: windows begin this many tokens apart and score what none before them did; by default
+            they do not overlap. `llmprune.evaluation.windows.cut_windows` defines both.
+        bos: True begins every window with BOS, False does not (as the papers), "auto" does what the
+            tokenizer does with a text.
+
+    Raises:
+        RecipeError: the text is shorter than one window.
+    """
+    if num_windows is not None and num_windows < 1:
+        raise RecipeError(f"num_windows: {num_windows} windows measure nothing. Ask for 1 or more.")
+    wish = _wish(model, seq_len=seq_len, revision=revision, trust_remote_code=trust_remote_code)
+    opened = _open(model, tokenizer, wish, device, dtype)
+    most = None if num_windows else most_windows(data)
+    question = pose(
+        evaluation_text(data, key="perplexity", tokenizer=opened.tokenizer),
+        opened.tokenizer,
+        data=data,
+        seq_len=opened.seq_len,
+        stride=stride,
+        num_windows=num_windows,
+        num_tokens=most and most * opened.seq_len,
+        bos=bos,
+    )
+    found = question.answer(*opened.loss(question.windows, micro_batch))
+    if found.warning:
+        Progress("quiet").warn(found.warning)
+    return found
+
+
+def rolling_perplexity(
+    model: Any,
+    tokenizer: Any = None,
+    data: str = "demo",
+    *,
+    seq_len: int | None = None,
+    micro_batch: int = 1,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> RollingPerplexity:
+    """Measure perplexity by word and by byte of a whole text, every token predicted once.
+
+    These compare models whose tokenizers differ, and are what lm-evaluation-harness calls
+    `word_perplexity`, `byte_perplexity` and `bits_per_byte`. The perplexity of tokens is another
+    number. Arguments are those of `perplexity`; the text counts as one document.
+
+    Raises:
+        RecipeError: the text is empty, or the tokenizer has neither BOS nor end-of-text.
+    """
+    wish = _wish(model, seq_len=seq_len, revision=revision, trust_remote_code=trust_remote_code)
+    opened = _open(model, tokenizer, wish, device, dtype)
+    prefix = prefix_token(opened.tokenizer)
+    text = evaluation_text(data, key="perplexity", tokenizer=opened.tokenizer)
+    windows = rolling_windows(token_ids(text, opened.tokenizer), opened.seq_len, prefix)
+    nats, count = opened.loss(windows, micro_batch)
+    num_words, num_bytes = count_words(text), len(text.encode())
+    return RollingPerplexity(
+        **per_word_and_byte(nats, num_words=num_words, num_bytes=num_bytes),
+        num_words=num_words,
+        num_bytes=num_bytes,
+        num_tokens=count,
+        num_windows=len(windows.inputs_NT),
+        seq_len=opened.seq_len,
+        prefix=str(opened.tokenizer.convert_ids_to_tokens(prefix)),
+        data=data,
+    )
+
+
+def evaluate(
+    model: Any,
+    tasks: str | Sequence[str],
+    tokenizer: Any = None,
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 1,
+    baseline: str | PathLike[str] | None = "auto",
+    include_path: str | Path | None = None,
+    apply_chat_template: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Evaluation:
+    """Run tasks of lm-evaluation-harness on a result and on the dense model that it came from.
+
+    One model at a time is in memory, whole, as transformers loads it.
+
+    Args:
+        model: a folder, a Hub id, "demo", or a `PreTrainedModel` with its `tokenizer`.
+        tasks: names or globs of lm-eval's tasks, or YAML files of your own.
+        limit: items from the start of each task; all when absent.
+        num_fewshot: worked examples in the prompt; the task's own number when absent.
+        baseline: "auto", the model that a result of llmprune was made from; a folder or Hub id; or
+            None.
+        include_path: a folder with YAML files of tasks, which are then known by name.
+        apply_chat_template: ask as the model's chat template does.
+        seed: draws the worked examples.
+
+    Raises:
+        UnknownName: there is no such task.
+        RecipeError: a task's data cannot be read.
+        TooLarge: the weights do not fit into memory.
+    """
+    for name, count in (("limit", limit), ("batch_size", batch_size)):
+        if count is not None and count < 1:
+            raise RecipeError(f"{name}: {count} measures nothing. Give 1 or more.")
+    wish = _wish(model, revision=revision, trust_remote_code=trust_remote_code)
+    sides, notes = _sides(model, tokenizer, wish, baseline)
+    where = choose_device(device)
+    for side in sides.values():
+        side.check_fits(dtype, where)
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    opened = open_tasks(names, include_path=include_path, num_fewshot=num_fewshot)
+    scores: dict[str, tuple[Score, ...]] = {}
+    facts: dict[str, TaskFacts] = {}
+    dtypes = {}
+    for role, side in sides.items():
+        with side.held(dtype, where, trust_remote_code) as (held, words):
+            scores[role], facts, said = run_tasks(
+                held,
+                words,
+                opened,
+                limit=limit,
+                batch_size=batch_size,
+                apply_chat_template=apply_chat_template,
+                seed=seed,
+            )
+            dtypes[role] = f"{str(held.dtype).removeprefix('torch.')} on {held.device}"
+        notes += [note for note in said if note not in notes]
+    return Evaluation(
+        models={role: side.name for role, side in sides.items()},
+        scores=scores,
+        tasks=facts,
+        settings={
+            "lm_eval": _version(),
+            "limit": limit,
+            "num_fewshot": num_fewshot,
+            "batch_size": batch_size,
+            "apply_chat_template": apply_chat_template,
+            "seed": seed,
+            "computed": dtypes,
+        },
+        notes=tuple(notes),
+    )
+
+
+def store_measurement(
+    folder: str | PathLike[str], found: Perplexity | RollingPerplexity | Evaluation
+) -> bool:
+    """Append a measurement to the folder of a result; other models are left as they are."""
+    path = Path(folder) / OWN / "evaluations.json"
+    if str(folder) == "demo" or not (path.parent / "report.json").exists():
+        return False
+    before = read_json(path) if path.exists() else {}
+    kind = KINDS[type(found)]
+    row = found.to_dict() if isinstance(found, Evaluation) else asdict(found)
+    write_json(path, {**before, kind: [*before.get(kind, []), row]})
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A model opened for perplexity, streamed or in memory, with its tokenizer and window."""
+
+    tokenizer: Any
+    seq_len: int
+    model: Any = None
+    blocks: Any = None
+
+    def loss(self, windows: Windows, micro_batch: int) -> tuple[float, int]:
+        """Return (summed negative log-likelihood, predicted tokens)."""
+        if self.blocks is not None:
+            return loss_of_blocks(self.blocks, *windows, micro_batch=micro_batch)
+        return loss_of_model(self.model, *windows, micro_batch=micro_batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    """A model to run tasks on: a checkpoint, or one in memory with its tokenizer."""
+
+    name: str
+    wish: Recipe
+    source: Source | None = None
+    model: Any = None
+    tokenizer: Any = None
+
+    def check_fits(self, dtype: str, device: torch.device) -> None:
+        """Check that the weights find room.
+
+        Raises:
+            TooLarge: they do not.
+        """
+        if self.source is not None:
+            kind = choose_dtype(dtype, storage_dtype(self.source), device)
+            size = sum(entry.num_params for entry in self.source.entries.values())
+            check_fits(self.name, size, kind.itemsize, device)
+
+    @contextmanager
+    def held(
+        self, dtype: str, device: torch.device, trust_remote_code: bool
+    ) -> Iterator[tuple[Any, Any]]:
+        """Hold model and tokenizer in memory, the stock way; a checkpoint's goes afterwards."""
+        if self.source is None:
+            yield self.model, self.tokenizer
+            return
+        from transformers import AutoModelForCausalLM
+
+        for file in sorted({entry.file for entry in self.source.entries.values()}):
+            self.source.path(file)  # fetched where the source is on the Hub
+        with hushed():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.source.folder,
+                dtype=choose_dtype(dtype, storage_dtype(self.source), device),
+                trust_remote_code=trust_remote_code,
+            )
+        yield loaded.to(device).eval(), read_tokenizer(self.source, self.wish)
+
+
+NO_TOKENIZER = "tokenizer: a model in memory needs one; pass the model's tokenizer."
+
+
+def _wish(
+    model: Any,
+    *,
+    seq_len: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Recipe:
+    """Return the recipe that opens a model; its pruning is not carried out."""
+    steps = default_steps()
+    steps[0]["prune"] = {"sparsity": 0.5}
+    return build(
+        {
+            "model": str(model) if isinstance(model, str | PathLike) else "in memory",
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "calibration": {"seq_len": seq_len},
+            "steps": steps,
+        }
+    )
+
+
+def _open(model: Any, tokenizer: Any, wish: Recipe, device: str, dtype: str) -> _Opened:
+    """Open a folder for streaming, or take a model in memory as it is.
+
+    Raises:
+        LlmpruneError: there is no such model, or it has no tokenizer.
+    """
+    if not isinstance(model, str | PathLike):
+        if tokenizer is None:
+            raise RecipeError(NO_TOKENIZER)
+        length = sequence_length(wish, model.config)
+        return _Opened(tokenizer=tokenizer, seq_len=length, model=model)
+    source = open_source(wish.model, revision=wish.revision)
+    tokenizer = tokenizer or read_tokenizer(source, wish)
+    where = choose_device(device)
+    kind = choose_dtype(dtype, storage_dtype(source), where)
+    blocks = open_blocks(source, wish, where, kind)
+    length = sequence_length(wish, blocks.model.config)
+    return _Opened(tokenizer=tokenizer, seq_len=length, blocks=blocks)
+
+
+def _sides(
+    model: Any, tokenizer: Any, wish: Recipe, baseline: str | PathLike[str] | None
+) -> tuple[dict[str, _Side], list[str]]:
+    """Return the models to measure by role, the dense one first, and what there is to say of it.
+
+    Raises:
+        LlmpruneError: there is no such model, or one in memory has no tokenizer.
+    """
+    notes: list[str] = []
+    run: Mapping[str, Any] | None = None
+    if isinstance(model, str | PathLike):
+        source = open_source(wish.model, revision=wish.revision)
+        own = _Side(name=source.name, wish=wish, source=source)
+        path = source.folder / OWN / "run.json"
+        run = read_json(path) if path.exists() else None
+    elif tokenizer is None:
+        raise RecipeError(NO_TOKENIZER)
+    else:
+        own = _Side(name="in memory", wish=wish, model=model, tokenizer=tokenizer)
+    first = None
+    if baseline == "auto":
+        first = _first_model(run, notes) if run else None
+    elif baseline is not None:
+        first = open_source(str(baseline))
+    sides = {}
+    if first is not None:
+        sides[DENSE] = _Side(name=first.name, wish=wish, source=first)
+    sides[PRUNED if run or first else ALONE] = own
+    return sides, notes
+
+
+def _first_model(run: Mapping[str, Any], notes: list[str]) -> Source | None:
+    """Return the model that a result was first made from, where it can still be opened."""
+    first = run.get("origin") or run["source"]
+    name, revision = str(first["name"]), first.get("revision")
+    home = Path(first.get("folder") or name)
+    try:
+        if name == "demo" or revision is not None:
+            found = open_source(name, revision=revision)
+        else:
+            found = open_folder(home, name=name)
+        if found.fingerprint() != first.get("fingerprint"):
+            notes.append(f"{name} is not what it was when it was pruned: other bytes, or a copy.")
+    except LlmpruneError as error:
+        notes.append(f"the dense model is not measured: {error} Name it with --baseline.")
+        return None
+    return found
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("lm_eval")

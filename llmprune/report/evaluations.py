@@ -1,0 +1,104 @@
+"""What was measured of a result: by its own run, and later by `llmprune eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+
+class Measured(NamedTuple):
+    """A number of a result, how it was measured, and the dense model's where that is known."""
+
+    what: str
+    metric: str
+    data: str
+    protocol: str
+    value: float
+    dense: float | None = None
+    stderr: float | None = None
+    dense_stderr: float | None = None
+
+
+def measured(data: Mapping[str, Any], later: Mapping[str, Any]) -> list[Measured]:
+    """Return what report.json and evaluations.json hold, given as data, in order."""
+    quality = data.get("perplexity")
+    found = [_tokens(quality["pruned"], dense=quality["dense"]["value"])] if quality else []
+    found += [_tokens(entry) for entry in later.get("perplexity", ())]
+    for entry in later.get("rolling", ()):
+        found += _rolling(entry)
+    for entry in later.get("tasks", ()):
+        found += _tasks(entry)
+    kept: dict[tuple[str, str, str], Measured] = {}
+    for one in found:  # measured again: the newer value counts, beside a known dense one
+        key = one.what, one.data, one.protocol
+        if one.dense is None and key in kept:
+            one = one._replace(dense=kept[key].dense, dense_stderr=kept[key].dense_stderr)
+        kept[key] = one
+    return list(kept.values())
+
+
+def metric_results(results: Sequence[Measured]) -> list[EvalResult]:
+    """Return the results as the Hub's metadata has them: of this model, the dense one's as note."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=one.data,
+            dataset_name=one.data,
+            metric_type=one.metric,
+            metric_name=f"{one.what} ({one.protocol})",
+            metric_value=one.value,
+            metric_args=None if one.dense is None else {"dense_base_model": one.dense},
+        )
+        for one in results
+    ]
+
+
+def _tokens(entry: Mapping[str, Any], dense: float | None = None) -> Measured:
+    """Return a perplexity of tokens with its protocol."""
+    stride = f", stride {entry['stride']}" if entry.get("stride") else ""
+    bos = "BOS first" if entry.get("bos") else "no BOS"
+    protocol = f"{entry['num_windows']} windows of {entry['seq_len']} tokens{stride}, {bos}"
+    data = str(entry["data"])
+    return Measured(f"perplexity of {data}", "perplexity", data, protocol, entry["value"], dense)
+
+
+def _rolling(entry: Mapping[str, Any]) -> Iterator[Measured]:
+    """Yield what a whole text measured by word and by byte says."""
+    data = str(entry["data"])
+    protocol = f"every token once, windows of {entry['seq_len']} tokens after `{entry['prefix']}`"
+    for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+        what = f"{metric.replace('_', ' ')} of {data}"
+        yield Measured(what, metric, data, protocol, entry[metric])
+
+
+def _tasks(entry: Mapping[str, Any]) -> Iterator[Measured]:
+    """Yield the metrics of tasks of lm-evaluation-harness."""
+    scores = entry["scores"]
+    dense = {_key(score): score for score in scores.get("dense", ())}
+    for score in scores.get("pruned") or scores.get("model", ()):
+        facts = entry["tasks"].get(score["task"], {})
+        parts = [f"lm-eval {entry['settings']['lm_eval']}"]
+        if facts:
+            parts.append(f"version {facts['version']}, {facts['num_fewshot']}-shot")
+            parts.append(f"{facts['num_items']:,} of {facts['num_items_in_all']:,} items")
+        beside = dense.get(_key(score), {})
+        reading = "" if score["filter"] == "none" else f" ({score['filter']})"
+        yield Measured(
+            what=f"{score['task']}: {score['metric']}{reading}",
+            metric=score["metric"],
+            data=score["task"],
+            protocol=", ".join(parts),
+            value=score["value"],
+            dense=beside.get("value"),
+            stderr=score["stderr"],
+            dense_stderr=beside.get("stderr"),
+        )
+
+
+def _key(score: Mapping[str, Any]) -> tuple[str, str, str]:
+    return score["task"], score["metric"], score["filter"]

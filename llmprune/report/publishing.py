@@ -1,0 +1,246 @@
+"""A result on the Hub: what goes there, and one commit that brings it.
+
+Nothing is sent before the folder, the card, the token and the repository are checked, and no text
+of ours ever holds a token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmprune.base.errors import CheckpointError, RecipeError
+from llmprune.checkpoint.sink import HEAVY, TEMPLATES
+from llmprune.checkpoint.source import INDEX, open_folder, read_json
+from llmprune.report.card import card_text
+from llmprune.report.hub_errors import check_card, told_by_hub
+from llmprune.report.portable import without_places, without_roots
+from llmprune.report.run import Report
+
+OWN, CARD = "llmprune", "README.md"
+RECORDS = ("report.json", "run.json", "evaluations.json")  # events.jsonl is of this machine alone
+VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
+SIDE = (".json", ".jinja", ".md", ".model", ".py", ".spm", ".bpe", ".tiktoken", ".txt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """What a push brings, by name in the repository: files as they lie, and texts made for it."""
+
+    folder: Path
+    repo: str
+    base_model: str | None
+    files: Mapping[str, Path]
+    texts: Mapping[str, bytes]
+
+    @property
+    def card(self) -> str:
+        return self.texts[CARD].decode()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Return bytes by name, in order of name."""
+        sizes = {name: path.stat().st_size for name, path in self.files.items()}
+        return dict(sorted((sizes | {name: len(t) for name, t in self.texts.items()}).items()))
+
+
+def pack(folder: str | Path, repo: str, *, base_model: str | None = None) -> Package:
+    """Decide what of a result goes to a repository, and write its card; nothing is sent.
+
+    Paths of this machine are cut down to their last names in everything that goes.
+
+    Raises:
+        RecipeError: the name of the repository or of the base model is none.
+        CheckpointError: the folder is no finished result, or a file of it is missing or damaged.
+    """
+    _check_name("repo", repo)
+    if base_model is not None:
+        _check_name("base_model", base_model)
+    home = Path(folder)
+    data = Report.read(home).data
+    run = read_json(home / OWN / "run.json")
+    if not (data.get("gate") or {}).get("agreement", {}).get("passed"):
+        raise CheckpointError(
+            f"{home} was never proven to load: its report holds no passed gate. See with "
+            "`llmprune gate` what is wrong, or prune again."
+        )
+    weights = {entry.file for entry in open_folder(home).entries.values()}
+    files = {name: home / name for name in sorted(_own_files(home) | weights | _side_files(home))}
+    places = _places(home, run)
+    records = {
+        name: without_places(read_json(home / OWN / name), places)
+        for name in RECORDS
+        if (home / OWN / name).exists()
+    }
+    texts = {f"{OWN}/{name}": _json(record) for name, record in records.items()}
+    texts |= _cleaned(files, places)
+    texts[CARD] = card_text(
+        home,
+        records["report.json"],
+        records["run.json"],
+        records.get("evaluations.json", {}),
+        repo=repo,
+        base_model=base_model,
+    ).encode()
+    return Package(
+        folder=home,
+        repo=repo,
+        base_model=base_model,
+        files={name: path for name, path in files.items() if name not in texts},
+        texts=texts,
+    )
+
+
+def upload(
+    package: Package,
+    *,
+    private: bool = False,
+    message: str | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+) -> str:
+    """Bring a package to the Hub in one commit; return the address of the commit or pull request.
+
+    The repository is made where there is none. Weights and records of an earlier push that this one
+    does not replace go in the same commit.
+
+    Raises:
+        RecipeError: the repository holds something else, or is public where `private` is asked for.
+        CheckpointError: the Hub refuses or cannot be reached; nothing was committed.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    if create_pr and revision not in (None, "main"):
+        raise RecipeError(
+            f"revision: a pull request goes to the main branch, not to {revision!r}. Leave out "
+            "--revision or --create-pr."
+        )
+    api = HfApi()
+    with told_by_hub(package.repo):
+        user = str(api.whoami()["name"])
+        if "/" not in package.repo:  # a name of one's own; the card needs it whole
+            whole = f"{user}/{package.repo}"
+            package = pack(package.folder, whole, base_model=package.base_model)
+        check_card(package.card, api.endpoint)
+    with told_by_hub(package.repo, user):
+        repo = api.create_repo(package.repo, private=private or None, exist_ok=True).repo_id
+        branch = None if create_pr else revision
+        if branch is not None:
+            api.create_branch(repo, branch=branch, exist_ok=True)
+        info = api.model_info(repo, revision=branch)
+        there = {file.rfilename for file in info.siblings or ()}
+        _check_repository(repo, there, wants_private=private, is_private=bool(info.private),
+                          aside=create_pr or branch not in (None, "main"))  # fmt: skip
+        contents: dict[str, Path | bytes] = {**package.files, **package.texts}
+        commit = api.create_commit(
+            repo,
+            [
+                *(CommitOperationDelete(name) for name in sorted(_stale(there) - set(contents))),
+                *(CommitOperationAdd(name, content) for name, content in contents.items()),
+            ],
+            commit_message=message or f"Push {package.folder.resolve().name} with llmprune",
+            create_pr=create_pr,
+            revision=branch,
+            parent_commit=info.sha,
+        )
+    return str(commit.pr_url or commit.commit_url)
+
+
+def _check_name(key: str, name: str) -> None:
+    """Check the form of a repository's name.
+
+    Raises:
+        RecipeError: the Hub has no such names.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise RecipeError(
+            f"{key}: {name!r} is no name of a repository. Give OWNER/NAME, with letters, digits, "
+            "'-', '_' and '.' in both."
+        ) from None
+
+
+def _check_repository(
+    repo: str, there: set[str], *, wants_private: bool, is_private: bool, aside: bool
+) -> None:
+    """Check that a repository may take a result; `aside` means that its main branch stays.
+
+    Raises:
+        RecipeError: it is public where private is asked for, or holds what llmprune did not push.
+    """
+    if wants_private and not is_private:
+        raise RecipeError(
+            f"private: {repo} is there already and public, and --private only makes new "
+            f"repositories private. Make it private in its settings, or choose another name. "
+            "Nothing was sent."
+        )
+    foreign = sorted(_stale(there) | (there & {"config.json"}))
+    if foreign and f"{OWN}/report.json" not in there and not aside:
+        raise RecipeError(
+            f"repo: {repo} holds a model that llmprune did not push ({foreign[0]}), which this "
+            "would replace. Choose another name, or propose it with --create-pr. Nothing was sent."
+        )
+
+
+def _stale(names: set[str]) -> set[str]:
+    """Return the names that a result of other shards must not leave behind."""
+    return {n for n in names if n.endswith(".safetensors") or n == INDEX or n.startswith(f"{OWN}/")}
+
+
+def _own_files(home: Path) -> set[str]:
+    """Return the masks and their index."""
+    found = [home / OWN / "masks.json", *(home / OWN).glob("masks-*.safetensors")]
+    return {f"{OWN}/{path.name}" for path in found if path.is_file()}
+
+
+def _side_files(home: Path) -> set[str]:
+    """Return config, index, tokenizer, templates, licence and other small files of a model."""
+    found = {path for path in (*home.iterdir(), *(home / TEMPLATES).glob("*")) if path.is_file()}
+    kept = {
+        path
+        for path in found
+        if not path.name.startswith(".")
+        and path.name != CARD
+        and (path.name == INDEX or not path.name.endswith(HEAVY))
+        and (path.suffix in SIDE or path.name.isupper())  # LICENSE, NOTICE
+    }
+    return {path.relative_to(home).as_posix() for path in kept}
+
+
+def _places(home: Path, run: Mapping[str, Any]) -> list[str | Path]:
+    """Return the paths that the records of a run may hold."""
+    wish = run.get("wish", {})
+    named = [wish.get("model"), wish.get("calibration", {}).get("data")]
+    texts = ((run.get("text") or {}).get("record") or {}).get("texts", ())
+    named += [text.get("data") for text in texts]
+    named += [step["evaluate"].get("data") for step in wish.get("steps", ()) if "evaluate" in step]
+    for key in ("source", "origin"):
+        named += [run.get(key, {}).get("folder"), run.get(key, {}).get("name")]
+    return [home, *(text for text in named if isinstance(text, str) and text)]
+
+
+def _cleaned(files: Mapping[str, Path], places: list[str | Path]) -> dict[str, bytes]:
+    """Return the small JSON files that held paths of this machine, without them."""
+    found = {}
+    for name, path in files.items():
+        if path.suffix != ".json" or name in (*VOCABULARIES, INDEX, f"{OWN}/masks.json"):
+            continue
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        after = without_roots(before, [Path.home(), *places])
+        if after != before:
+            found[name] = _json(after)
+    return found
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
