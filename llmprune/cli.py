@@ -536,7 +536,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except LlmpruneError as error:
         _fail(given, str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail(given, STOPPED, 130)
+        _fail(given, _stopped(given), 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -546,7 +546,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _fail(given, f"{text}. `llmprune --help` lists the flags.", 2)
         raise  # a fault of ours: the traceback helps to mend it, and Python exits with 1
     if code == 130:  # typer has caught the interruption
-        _fail(given, STOPPED, 130)
+        _fail(given, _stopped(given), 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -554,6 +554,12 @@ STOPPED = (
     "stopped. Finished blocks are kept: the same command resumes, and removing the folder that "
     "ends in .partial discards them."
 )
+
+
+def _stopped(arguments: Sequence[str]) -> str:
+    """Return what to say after an interruption: only pruning leaves something to resume."""
+    names = {row.name or row.callback.__name__ for row in app.registered_commands if row.callback}
+    return "stopped." if names & set(arguments[:1]) else STOPPED
 
 
 def _fail(arguments: Sequence[str], message: str, code: int) -> None:

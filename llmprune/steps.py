@@ -174,7 +174,7 @@ def _carry_out(
     if flow is not None:
         flow.hidden.close()
     with _stage(seconds, "finish"):
-        complete(opened, blocks, records, rows)
+        files = complete(opened, blocks, records, rows)
     with _stage(seconds, "gate"), progress.stage("gate", 1) as stage:
         verdict = pass_gate(
             records.partial,
@@ -193,7 +193,12 @@ def _carry_out(
         report_data(
             plan, rows, fixed=fixed, resumed_after=resumed, seconds=seconds, progress=progress
         )
-        | {"calibration": calibration, "gate": verdict.to_dict(), "perplexity": quality}
+        | {
+            "calibration": calibration,
+            "gate": verdict.to_dict(),
+            "perplexity": quality,
+            "files": files,
+        }
     )
     report.data["gate"]["folder"] = str(plan.out)
     write_json(records.own / "report.json", report.data)

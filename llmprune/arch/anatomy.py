@@ -10,6 +10,7 @@ from llmprune.arch.types import Coupling, Family, Linear, Tap, Unfuse
 from llmprune.base.errors import UnsupportedModel
 
 ROUTERS = re.compile(r"(^|\.)(gate|router|wg|gate_network|shared_expert_gate|router_weights)(\.|$)")
+INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -56,6 +57,16 @@ def anatomy_of(family: Family, shapes: Shapes) -> Anatomy:
             row for row in family.couplings if all(span.linear in read for span in row.spans)
         ),
     )
+
+
+def split_index(name: str) -> tuple[str, int | None]:
+    """Return the name of a linear or tap with the index in a stack starred, and the index.
+
+    >>> split_index("mlp.experts.7.up_proj"), split_index("ffn.2")
+    (('mlp.experts.*.up_proj', 7), ('ffn.2', None))
+    """
+    match = INDEX.search(name)
+    return (name, None) if match is None else (INDEX.sub("*", name, count=1), int(match[0]))
 
 
 def left_out(anatomy: Anatomy, shapes: Shapes) -> dict[str, str]:

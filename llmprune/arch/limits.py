@@ -1,10 +1,22 @@
-"""The longest sequence that a model takes, from its config."""
+"""What a config says of a model in use: its longest sequence, the experts that a token meets."""
 
 from __future__ import annotations
 
 from typing import Any
 
 KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k", "moe_topk",
+          "top_k_experts")  # fmt: skip
+
+
+def active_share(config: Any) -> float:
+    """Return the share of a model's routed experts that one token goes through; 1 without any."""
+    text = config.get_text_config(decoder=True)
+    active = next((n for key in ACTIVE if (n := getattr(text, key, None))), None)
+    experts = next((n for key in EXPERTS if (n := getattr(text, key, None))), None)
+    return min(1.0, active / experts) if active and experts else 1.0
 
 
 def longest_sequence(config: Any) -> int | None:

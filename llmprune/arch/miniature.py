@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llmprune.arch.limits import ACTIVE
 from llmprune.base.errors import UnsupportedModel
 
 SEQ_LEN = 24
@@ -26,7 +27,8 @@ SMALL: Mapping[str, int] = {
         24: "moe_intermediate_size expert_intermediate_size expert_ffn_hidden_size",
         8: "head_dim kv_channels d_kv d_head attention_head_dim dim_head attention_head_size "
         "hidden_size_per_layer_input qk_rope_head_dim qk_nope_head_dim v_head_dim kv_lora_rank "
-        "query_pre_attn_scalar linear_key_head_dim linear_value_head_dim linear_head_dim index_topk "
+        "query_pre_attn_scalar index_topk "
+        "linear_key_head_dim linear_value_head_dim linear_head_dim "
         # state spaces: 8 heads of 8
         "mamba_d_state state_size ssm_state_size mamba_d_head mamba_head_dim mamba_n_heads "
         "mamba_num_heads mamba_chunk_size chunk_size "
@@ -49,11 +51,9 @@ DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_lay
           "num_decoder_layers")  # fmt: skip
 EMBEDDINGS = ("embedding_size", "embedding_dim", "emb_dim", "word_embed_proj_dim",
               "input_embedding_size", "output_embedding_size")  # fmt: skip
-ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k", "moe_topk",
-          "top_k_experts")  # fmt: skip
 NEEDED = ("head_dim",)  # without which some models fail
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-FOREIGN = ("architectures", "auto_map", "transformers_version", "dtype", "model_type")
+FOREIGN = ("architectures", "transformers_version", "dtype", "model_type")
 
 
 def miniature_config(config: Any) -> Any:

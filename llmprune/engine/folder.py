@@ -11,7 +11,7 @@ import torch
 
 from llmprune import __version__
 from llmprune.calibration.windows import token_hash
-from llmprune.checkpoint.sink import copy_side_files, shard_name, write_json
+from llmprune.checkpoint.sink import copy_side_files, hash_file, shard_name, write_json
 from llmprune.checkpoint.skeleton import build_skeleton, read_config
 from llmprune.checkpoint.source import read_json
 from llmprune.delivery.masks import OWN, MaskFiles
@@ -86,9 +86,9 @@ class FolderKeeper:
 
 def complete(
     opened: Opened, blocks: Rewriting, records: Records, rows: list[dict[str, Any]]
-) -> None:
-    """Write trunk, index, config, masks' index and side files."""
-    blocks.commit_trunk()
+) -> dict[str, str]:
+    """Write trunk, index, config, masks' index and side files; return every weight file's hash."""
+    trunk = blocks.commit_trunk()
     blocks.write_index()
     copy_side_files(opened.source.folder, records.partial)
     if changes := opened.plan.config_changes:
@@ -104,6 +104,7 @@ def complete(
     touched = sorted(name for row in rows for name in row["touched"])
     index = {"true_means": "kept", "masks": masks, "touched": touched}
     write_json(records.own / "masks.json", index)
+    return records.hashes() | {trunk.name: hash_file(trunk)}
 
 
 def prior_masks(opened: Opened) -> Callable[[int], Mapping[str, Tensor]]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmprune.arch.anatomy import Anatomy, left_out
+from llmprune.arch.anatomy import Anatomy, left_out, split_index
 from llmprune.arch.types import Coupling, Family, Linear, Tap
 from llmprune.base.progress import human_count
 from llmprune.base.text import columns, named_lines, ranges
 from llmprune.engine.plan import Anatomies
-
-EXPERT = re.compile(r"(\bexperts\.)(\d+)(\.|$)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +24,8 @@ class Kind:
     @property
     def experts(self) -> int:
         """Return the number of experts whose linears the blocks hold."""
-        found = {int(match[2]) for name in self.anatomy.linears if (match := EXPERT.search(name))}
-        return len(found)
+        found = {index for name in self.anatomy.linears for _, index in [split_index(name)]}
+        return len(found - {None})
 
     @property
     def eligible(self) -> int:
@@ -171,8 +168,9 @@ def _trunk_text(trunk: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _folded(name: str, experts: int) -> str:
-    """Return a name with the number of its expert replaced by the range of all."""
-    return EXPERT.sub(rf"\g<1>{{0-{experts - 1}}}\g<3>", name)
+    """Return a name with the index of its expert replaced by the range of all."""
+    template, index = split_index(name)
+    return name if index is None else template.replace("*", f"{{0-{experts - 1}}}")
 
 
 def _count(shapes: Iterable[tuple[int, ...]]) -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from llmprune.allocation import ALLOCATIONS
-from llmprune.arch.limits import longest_sequence
+from llmprune.arch.anatomy import left_out
+from llmprune.arch.limits import active_share, longest_sequence
 from llmprune.arch.types import Site
 from llmprune.base.errors import RecipeError
 from llmprune.catalog import METHODS, Method
@@ -319,24 +320,33 @@ def _skipped(
 ) -> tuple[tuple[Skipped, ...], int]:
     """Return what is not pruned, and the number of eligible weights."""
     pruned = {(site.block, span.linear) for site in sites for span in site.spans}
-    eligible = others = globbed = 0
+    eligible = globbed = 0
+    rest: dict[str, tuple[set[str], int]] = {}
     for index, anatomy in enumerate(anatomies.blocks):
-        in_linears: dict[str, int] = {}
         for name, linear in anatomy.linears.items():
             size = linear.shape[0] * linear.shape[1]
-            in_linears[linear.param] = in_linears.get(linear.param, 0) + size
             if is_skipped(name, anatomies.prefixes[index], step.skip):
                 globbed += size
             else:
                 eligible += size
-        for param, shape in anatomies.shapes[index].items():
-            others += 0 if param in in_linears else _count(shape)
+        for param, why in left_out(anatomy, anatomies.shapes[index]).items():
+            names, before = rest.get(why, (set(), 0))
+            rest[why] = (names | {param}, before + _count(anatomies.shapes[index][param]))
     covered = sum(site.num_weights for site in sites)
     if not pruned:
         covered = 0
     rows = [Skipped(what=name, num_params=_count(shape), reason="outside the blocks")
             for name, shape in anatomies.trunk.items()]  # fmt: skip
-    rows.append(Skipped(what="norms, biases, routers", num_params=others, reason="not a linear"))
+    for why, (names, size) in rest.items():
+        shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+        vectors = why.startswith("norm")
+        rows.append(
+            Skipped(
+                what="norms, biases, scales" if vectors else shown,
+                num_params=size,
+                reason="not a matrix" if vectors else why,
+            )
+        )
     if globbed:
         rows.append(Skipped(what=", ".join(step.skip), num_params=globbed, reason="prune.skip"))
     if eligible > covered:
@@ -362,29 +372,25 @@ def _num_params(anatomies: Anatomies) -> int:
 
 
 def _shape(anatomies: Anatomies, config: Any, stored_bytes: int, storage_itemsize: int) -> Shape:
-    """Return the sizes that decide cost, from the largest block."""
+    """Return the sizes that decide cost: of the largest block, and of the average for time."""
     sizes = [sum(_count(shape) for shape in shapes.values()) for shapes in anatomies.shapes]
-    linears = [
-        linear.shape[0] * linear.shape[1]
-        for anatomy in anatomies.blocks[:1]
-        for linear in anatomy.linears.values()
-    ]
-    first = anatomies.blocks[0].linears
+    linears = [linear for anatomy in anatomies.blocks for linear in anatomy.linears.values()]
+    active = active_share(config)
+    computed = sum(_count(row.shape) * (active if row.expert is not None else 1) for row in linears)
+    reader = anatomies.blocks[0].linears[anatomies.blocks[0].taps[0].readers[0]]
     embeddings = [_count(shape) for shape in anatomies.trunk.values()]
-    reader = first[anatomies.blocks[0].taps[0].readers[0]]
-    widths = [max(linear.shape) for linear in first.values()]
     text = config.get_text_config()
     eager = getattr(config, "_attn_implementation", None) == "eager"  # holds scores of all pairs
     vocab = max((shape[0] for shape in anatomies.trunk.values() if len(shape) == 2), default=1)
     return Shape(
         num_blocks=len(sizes),
         block_params=max(sizes),
-        linear_params=sum(linears),
-        largest_linear=max(linears),
+        linear_params=round(computed / len(sizes)),
+        largest_linear=max(_count(row.shape) for row in linears),
         entrance_params=max(embeddings, default=0),
         exit_params=max(embeddings, default=0),
-        hidden_size=reader.shape[1],
-        widest=max(widths),
+        hidden_size=getattr(text, "hidden_size", None) or reader.shape[1],
+        widest=max(max(row.shape) for row in linears),
         eager_heads=(getattr(text, "num_attention_heads", None) or 0) if eager else 0,
         vocab_size=vocab,
         stored_bytes=stored_bytes,

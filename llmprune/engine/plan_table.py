@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from llmprune.arch.anatomy import split_index
 from llmprune.base.markup import html_facts, html_folded, html_table
 from llmprune.base.progress import human_bytes, human_count, human_seconds
 from llmprune.base.text import columns, named_lines, ranges
@@ -227,16 +228,22 @@ def _sites(plan: Plan) -> str:
 
 
 def _kinds(plan: Plan) -> list[tuple[str, ...]]:
-    """Return a row per kind of site, blocks joined."""
-    kinds: dict[tuple[str, int, int | None], list[int]] = {}
+    """Return a row per kind of site: blocks joined, and the experts of a block as one."""
+    kinds: dict[str, tuple[list[int], int, int | None]] = {}
     for site in plan.sites:
         prefix = next(p for p in plan.prefixes if site.name.startswith(p))
+        name, _ = split_index(site.name.removeprefix(prefix))
         count = None if plan.counts is None else plan.counts[site.name]
-        kind = (site.name.removeprefix(prefix), site.num_units, count)
-        kinds.setdefault(kind, []).append(site.block)
+        key = f"{name} {site.num_units} {count}"
+        blocks, units, removed = kinds.get(key, ([], 0, 0))
+        if blocks[:1] in ([], [site.block]):  # units are those of one block
+            units += site.num_units
+            removed = None if count is None else (removed or 0) + count
+        blocks = blocks if site.block in blocks[-1:] else [*blocks, site.block]
+        kinds[key] = (blocks, units, removed)
     return [
-        (name, ranges(blocks), f"{units:,}", *_removed(count, units))
-        for (name, units, count), blocks in kinds.items()
+        (key.split(" ")[0], ranges(blocks), f"{units:,}", *_removed(count, units))
+        for key, (blocks, units, count) in kinds.items()
     ]
 
 

@@ -93,6 +93,13 @@ class Records:
         record = {**content, "files": hashes}
         write_json(self._record(index), record)
 
+    def hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of every shard and mask file that a record vouches for."""
+        found: dict[str, str] = {}
+        for path in sorted((self.own / "records").glob("[0-9]*.json")):
+            found |= read_json(path)["files"]
+        return found
+
     def publish(self, *, overwrite: bool) -> None:
         """Give the proven folder its name; what it replaces is removed only after that."""
         aside = self.out.with_name(f".{self.out.name}.replaced-{os.getpid()}")

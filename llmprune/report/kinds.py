@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from llmprune.arch.anatomy import split_index
+
 
 class Kind(NamedTuple):
     """All sites of a kind: in how many blocks, how many, and their weights before and removed."""
@@ -29,11 +31,7 @@ def split_site(site: str, block: int) -> tuple[str, int | None]:
     >>> split_site("model.layers.3.mlp.experts.7.up_proj", 3)
     ('mlp.experts.*.up_proj', 7)
     """
-    parts = site.split(".")
-    own = parts[parts.index(str(block)) + 1 :] if str(block) in parts else parts
-    numbers = [int(part) for part in own if part.isdecimal()]
-    kind = ".".join("*" if part.isdecimal() else part for part in own)
-    return kind, numbers[0] if numbers else None
+    return split_index(site.split(f".{block}.", 1)[-1])
 
 
 def site_rows(data: Mapping[str, Any]) -> Iterator[tuple[int, str, int | None, Mapping[str, Any]]]:

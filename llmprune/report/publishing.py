@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.base.errors import CheckpointError, RecipeError
-from llmprune.checkpoint.sink import HEAVY, TEMPLATES
+from llmprune.checkpoint.sink import HEAVY, TEMPLATES, hash_file
 from llmprune.checkpoint.source import INDEX, open_folder, read_json
 from llmprune.report.card import card_text
 from llmprune.report.hub_errors import check_card, told_by_hub
@@ -68,6 +68,7 @@ def pack(folder: str | Path, repo: str, *, base_model: str | None = None) -> Pac
             "`llmprune gate` what is wrong, or prune again."
         )
     weights = {entry.file for entry in open_folder(home).entries.values()}
+    _check_unchanged(home, data.get("files", {}))
     files = {name: home / name for name in sorted(_own_files(home) | weights | _side_files(home))}
     places = _places(home, run)
     records = {
@@ -92,6 +93,21 @@ def pack(folder: str | Path, repo: str, *, base_model: str | None = None) -> Pac
         files={name: path for name, path in files.items() if name not in texts},
         texts=texts,
     )
+
+
+def _check_unchanged(home: Path, hashes: Mapping[str, str]) -> None:
+    """Check that shards and masks are those that were proven.
+
+    Raises:
+        CheckpointError: one is missing or another.
+    """
+    for name, digest in hashes.items():
+        if not (home / name).exists() or hash_file(home / name) != digest:
+            raise CheckpointError(
+                f"{home / name} is not the file that was proven to load: it was changed or lost "
+                "after the run. Prune again with --overwrite, or push your own version with "
+                "`hf upload`."
+            )
 
 
 def upload(

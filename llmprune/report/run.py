@@ -120,6 +120,8 @@ def report_data(
         "out": plan.out,
         "model": plan.source_name,
         "method": plan.method.name,
+        "pattern": plan.prune.pattern,
+        "allocation": plan.allocation,
         "form": plan.form,
         "tier": plan.tier,
         "sparsity": removed / plan.eligible,

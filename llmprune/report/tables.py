@@ -20,6 +20,7 @@ def report_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     seconds = ", ".join(f"{name} {human_seconds(value)}" for name, value in data["seconds"].items())
     lines = {
         "result": f"{data['out'] or 'in memory'} ({data['form']})",
+        "method": _method(data),
         "sparsity": (
             f"{data['sparsity']:.5f} of eligible weights, "
             f"{data['sparsity_of_all']:.5f} of all parameters"
@@ -34,6 +35,11 @@ def report_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         "memory": f"{human_bytes(data['peak_memory'])} at the end of a block, at most",
     }
     return [(name, text) for name, text in lines.items() if text]
+
+
+def _method(data: Mapping[str, Any]) -> str:
+    pattern = data.get("pattern", "unstructured")
+    return f"{data['method']}, {pattern}, {data.get('allocation', 'uniform')} allocation"
 
 
 def _parameters(data: Mapping[str, Any]) -> str:

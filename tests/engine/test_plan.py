@@ -249,7 +249,7 @@ def test_the_table_shows_what_a_dry_run_must(make: MakePlan, pico: Pico) -> None
         f"sparsity {plan.sparsity:.5f}",
         "asked 0.3", "eligible", "somewhere", "masked", "8 x 24 tokens", "micro-batches of 8",
         "float32 on cpu", "hidden states on host", "memory", "disk", "time", "resume",
-        "from_pretrained", "outside the blocks", "not a linear",
+        "from_pretrained", "outside the blocks", "not a matrix",
     ):  # fmt: skip
         assert words in text, words
     shrunk = repr(make(pattern="ffn-channels", sparsity=0.25))

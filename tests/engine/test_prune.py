@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -595,3 +596,13 @@ def test_a_block_observed_in_rounds_gives_the_same_bytes(
     assert tensors_of(whole).keys() == tensors_of(parts).keys()
     for name, value in tensors_of(whole).items():
         assert same_bits(value, tensors_of(parts)[name]), name
+
+
+def test_the_report_vouches_for_every_weight_and_mask_file(pico: Pico, prune: Prune) -> None:
+    report = prune(pico("llama"))
+    assert report.out is not None
+    found = {
+        str(path.relative_to(report.out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in report.out.rglob("*.safetensors")
+    }
+    assert report.data["files"] == found

@@ -77,6 +77,18 @@ def test_a_missing_shard_is_told(result: Result) -> None:
         pack(folder, "me/small")
 
 
+@pytest.mark.parametrize(
+    "name", ["model-00002-of-00003.safetensors", "llmprune/masks-00001-of-00003.safetensors"]
+)
+def test_a_file_that_was_changed_after_the_proof_is_refused(name: str, result: Result) -> None:
+    folder = result()
+    data = bytearray((folder / name).read_bytes())
+    data[-1] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{name} is not the file that was proven"):
+        pack(folder, "me/small")
+
+
 def test_a_dry_run_prints_card_and_files(
     result: Result, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
