@@ -73,15 +73,37 @@ def left_out(anatomy: Anatomy, shapes: Shapes) -> dict[str, str]:
     """Return the parameters of a block that are no part of a linear, with what they are."""
     inside = {linear.param for linear in anatomy.linears.values()}
     return {
-        param: _what_else(param, shape) for param, shape in shapes.items() if param not in inside
+        param: _what_else(param, shape, shapes)
+        for param, shape in shapes.items()
+        if param not in inside
     }
 
 
-def _what_else(param: str, shape: tuple[int, ...]) -> str:
+def is_router(param: str, shapes: Shapes) -> bool:
+    """Tell whether a parameter of a block chooses experts.
+
+    Most are known by their names. What is called a gate is one only beside experts; in attention it
+    is a linear like others.
+
+    >>> is_router("attn.gate.weight", {"attn.gate.weight": (64, 64), "mlp.experts.w1": (8, 4, 64)})
+    False
+    """
+    match = ROUTERS.search(param)
+    if match is None or match[2] not in ("gate", "wg"):
+        return match is not None
+    owner = param[: match.start(2)]
+    beside = {name: shape for name, shape in shapes.items() if name.startswith(owner)}
+    return any(
+        "expert" in name.removeprefix(owner) or (len(shape) == 3 and "conv" not in name)
+        for name, shape in beside.items()
+    )
+
+
+def _what_else(param: str, shape: tuple[int, ...], shapes: Shapes) -> str:
     """Say why a parameter is not eligible."""
     if len(shape) < 2 or param.endswith("bias"):
         return "norm, bias or scale"
-    if ROUTERS.search(param):
+    if is_router(param, shapes):
         return "router"
     if len(shape) > 2 and "conv" in param:
         return "convolution"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmprune.arch.anatomy import ROUTERS
+from llmprune.arch.anatomy import is_router
 from llmprune.arch.miniature import SEQ_LEN, miniature_model
 from llmprune.arch.products import Products, slices
 from llmprune.arch.table import row_of
@@ -162,7 +162,7 @@ def _find_blocks(model: Any) -> str:
 def _trace(model: Any, blocks: Any) -> Trace:
     """Run once more, and note which matrix of which block is multiplied with which activation."""
     trace = Trace(reads=[{} for _ in blocks], returns=set())
-    params = [{_address(p): (name, p) for name, p in b.named_parameters()} for b in blocks]
+    params = [_watched(block) for block in blocks]
     current = -1
 
     def enter(index: int) -> None:
@@ -197,6 +197,16 @@ def _trace(model: Any, blocks: Any) -> Trace:
     return trace
 
 
+def _watched(block: nn.Module) -> dict[int, tuple[str, Tensor]]:
+    """Return the parameters that may hold linears, by address."""
+    shapes = {name: tuple(value.shape) for name, value in block.named_parameters()}
+    return {
+        _address(value): (name, value)
+        for name, value in block.named_parameters()
+        if value.dim() in (2, 3) and not is_router(name, shapes)
+    }
+
+
 def _address(value: Tensor) -> int:
     """Return where the memory that a tensor or a view of it lies in begins."""
     return value.untyped_storage().data_ptr()
@@ -204,8 +214,6 @@ def _address(value: Tensor) -> int:
 
 def _use(name: str, param: Tensor, matrix_OI: Tensor) -> Use | None:
     """Return how a matrix lies in its parameter; nothing if it is only a part of one."""
-    if ROUTERS.search(name) or param.dim() not in (2, 3):
-        return None
     shape = tuple(param.shape[-2:])
     transposed = matrix_OI.stride(0) == 1 and matrix_OI.stride(1) == matrix_OI.shape[0]
     transposed = transposed and matrix_OI.shape[0] > 1

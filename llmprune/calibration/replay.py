@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+PLAIN_TOKEN = 3  # no padding, which some models count positions by
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """What a block is called with beside its hidden states."""
@@ -81,18 +84,23 @@ def head(
 ) -> Tensor:
     """Return the logits of hidden states after all blocks, by the model's own last steps.
 
-    Needs what follows the blocks (and position tables), not the token embeddings.
+    Needs what follows the blocks (and position tables), not the token embeddings: token ids that
+    mean nothing are embedded as zeros, which blocks patched to return the hidden states ignore.
     """
+    import torch
 
     def skip(index: int, *args: Any, **kwargs: Any) -> Any:
         return _as(returns, hidden_BTD)
 
-    width = model.get_input_embeddings().weight.shape[-1]
-    embeds = hidden_BTD  # what the blocks would be given; any values do, of the embeddings' width
-    if width != hidden_BTD.shape[-1] or hidden_BTD.dim() != 3:
-        embeds = hidden_BTD.new_zeros((*hidden_BTD.shape[-3:-1], width))
-    with patched(blocks, skip):
-        logits: Tensor = model(inputs_embeds=embeds, use_cache=False).logits
+    embedding = model.get_input_embeddings()
+    width = embedding.weight.shape[-1]
+
+    def blank(index: int, ids_BT: Tensor) -> Tensor:
+        return hidden_BTD.new_zeros((*ids_BT.shape, width))
+
+    ids_BT = torch.full(hidden_BTD.shape[-3:-1], PLAIN_TOKEN, device=hidden_BTD.device)
+    with patched(blocks, skip), patched([embedding], blank):
+        logits: Tensor = model(input_ids=ids_BT, use_cache=False).logits
     return logits
 
 

@@ -38,8 +38,8 @@ def report_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _method(data: Mapping[str, Any]) -> str:
-    pattern = data.get("pattern", "unstructured")
-    return f"{data['method']}, {pattern}, {data.get('allocation', 'uniform')} allocation"
+    allocation = f"{data['allocation']} allocation" if "allocation" in data else ""
+    return ", ".join(filter(None, (data["method"], data.get("pattern"), allocation)))
 
 
 def _parameters(data: Mapping[str, Any]) -> str:

@@ -6,7 +6,8 @@ The multiplication itself is watched, not a module: a linear that is a slice of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,15 +39,24 @@ class _Complete(Exception):
 
 
 class _Watch:
-    """Hands the left operand of watched products to a function, then leaves if all were read."""
+    """Hands the left operand of watched products to a function; leaves after the last needed one.
+
+    That is known from `before`, how often the first micro-batch read each tap: a block may multiply
+    with a matrix piece by piece. Without it the forward runs to its end.
+    """
 
     def __init__(
-        self, taps: Mapping[int, str], read: Callable[[str, Tensor], None], leave: bool
+        self,
+        taps: Mapping[int, str],
+        read: Callable[[str, Tensor], None],
+        needed: Iterable[str],
+        before: Counter[str] | None,
     ) -> None:
         self.taps = taps
         self.read = read
-        self.leave = leave
-        self.missing = set(taps.values())
+        self.leave = before is not None
+        self.counts: Counter[str] = Counter()
+        self.due = {tap: max(1, (before or self.counts)[tap]) for tap in needed}
 
     def __call__(self, left: Tensor, right: Tensor) -> None:
         if right.data_ptr() not in self.taps:
@@ -54,8 +64,10 @@ class _Watch:
         for one, matrix in slices(left, right):
             if (tap := self.taps.get(matrix.data_ptr())) is not None:
                 self.read(tap, one)
-                self.missing.discard(tap)
-        if self.leave and not self.missing:
+                self.counts[tap] += 1
+                if self.counts[tap] == self.due.get(tap):
+                    del self.due[tap]
+        if self.leave and not self.due:
             raise _Complete
 
 
@@ -77,27 +89,29 @@ def observe(
     }
 
     def read(tap: str, value: Tensor) -> None:
-        for accumulator in accumulators[tap].values():
+        for accumulator in accumulators.get(tap, {}).values():
             accumulator.update(value)
 
-    pointers = _pointers(block, needs)
+    pointers = _pointers(block)
     first: Tensor | None = None
+    counts: Counter[str] | None = None
     wanted = stream.arguments if needs or dense else stream.arguments[:1]
     with torch.no_grad():
         for batch, arguments in enumerate(wanted):
             hidden = stream.hidden.get(batch, block.device)
-            leave = batch > 0 and not dense
+            watch = _Watch(pointers, read, needs, None if dense else counts)
             try:
-                with Products(_Watch(pointers, read, leave)):
+                with Products(watch):
                     output = call(block.module, hidden, arguments[block.index])
             except _Complete:
                 continue
-            first = output.clone() if batch == 0 else first
+            if first is None:
+                first, counts = output.clone(), watch.counts
             if dense:
                 stream.hidden.set(batch, output)
-    assert first is not None
+    assert first is not None and counts is not None
     stats = {tap: _merge(each) for tap, each in accumulators.items()}
-    _check_read(block, stats)
+    _check_read(block, stats, counts)
     _check_finite(block, stats)
     return Seen(stats=stats, dense_output=first)
 
@@ -130,23 +144,24 @@ def statistics_bytes(anatomy: Anatomy, needs: Mapping[str, tuple[str, ...]]) -> 
     )
 
 
-def _pointers(block: Block, needs: Mapping[str, tuple[str, ...]]) -> dict[int, str]:
-    """Return the address of the matrix that each needed tap's first reader multiplies with."""
+def _pointers(block: Block) -> dict[int, str]:
+    """Return the address of the matrix that each tap's first reader multiplies with."""
     found = {}
     for tap in block.anatomy.taps:
-        if tap.name in needs:
-            linear = block.anatomy.linears[tap.readers[0]]
-            param = block.module.get_parameter(linear.param)
-            found[linear.stored(param.data).data_ptr()] = tap.name
+        linear = block.anatomy.linears[tap.readers[0]]
+        param = block.module.get_parameter(linear.param)
+        found[linear.stored(param.data).data_ptr()] = tap.name
     return found
 
 
-def _check_read(block: Block, stats: Mapping[str, Stats]) -> None:
-    """Raise where a tap was never read; single experts may go without tokens, not all of them."""
+def _check_read(block: Block, stats: Mapping[str, Stats], counts: Counter[str]) -> None:
+    """Raise where a tap was never read; single experts may go without tokens, not all of them.
+
+    `counts` says how often the first micro-batch read every tap, also those of other rounds.
+    """
     any_expert = any(
-        stats[tap.name].num_tokens and block.anatomy.linears[tap.readers[0]].expert is not None
+        counts[tap.name] and block.anatomy.linears[tap.readers[0]].expert is not None
         for tap in block.anatomy.taps
-        if tap.name in stats
     )
     for tap in block.anatomy.taps:
         routed = block.anatomy.linears[tap.readers[0]].expert is not None and any_expert

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llmprune.api import plan
+from llmprune.api import plan, run
+from llmprune.catalog import METHODS
 from llmprune.recipe import Recipe
 from tests.story.conftest import Command
 
@@ -23,8 +24,24 @@ def test_a_config_is_planned(path: Path, source: Path, tmp_path: Path) -> None:
     decided = plan(recipe)
     assert decided.sparsity == pytest.approx(recipe.prune.sparsity, abs=0.03)
     assert decided.out == str(tmp_path / "out")
-    assert str(recipe.prune.method) in repr(decided).lower()
+    assert METHODS[recipe.prune.method].title in repr(decided)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_is_run(
+    path: Path, source: Path, tmp_path: Path, text_file: Path, quick_gate: None
+) -> None:
+    here = [
+        f"model={source}", f"out={tmp_path / 'out'}", "calibration.num_samples=4",
+        "calibration.seq_len=16", f"calibration.data={text_file}", f"evaluate.data={text_file}",
+        "evaluate.num_windows=2", "evaluate.perplexity=true", "device=cpu",
+    ]  # fmt: skip
+    recipe = Recipe.read(path, here)
+    report = run(plan(recipe), quiet=True)
+    assert report.sparsity == pytest.approx(recipe.prune.sparsity, abs=0.03)
+    assert report.data["gate"]["agreement"]["passed"] and report.perplexity is not None
+    assert report.data["method"] == recipe.prune.method
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
