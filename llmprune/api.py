@@ -17,6 +17,7 @@ from llmprune.delivery.gate import Verdict, pass_gate
 from llmprune.engine.calibrating import calibration_windows
 from llmprune.engine.opening import (
     anatomies_of,
+    check_walk,
     choose_device,
     open_blocks,
     open_plan,
@@ -244,10 +245,17 @@ def inspect(
     )
     source = open_source(str(model), revision=revision)
     streamed = open_blocks(source, recipe, torch.device("cpu"), storage_dtype(source))
+    check_walk(streamed.model.config, streamed.family, trust_remote_code=trust_remote_code)
     return inspection_of(anatomies_of(streamed), source=source.name, family=streamed.family)
 
 
-def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto") -> Any:
+def load(
+    folder: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Any:
     """Load a result as a `PreTrainedModel`, in evaluation mode.
 
     Raises:
@@ -258,7 +266,9 @@ def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto") -> An
     source = open_source(str(folder))
     for file in sorted({entry.file for entry in source.entries.values()}):
         source.path(file)  # fetched where the source is on the Hub
-    model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     return model.to(choose_device(device)).eval()
 
 

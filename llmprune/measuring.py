@@ -14,6 +14,7 @@ import torch
 from llmprune.base.errors import LlmpruneError, RecipeError
 from llmprune.base.progress import Progress
 from llmprune.calibration.heldout import evaluation_text, most_windows
+from llmprune.calibration.selection import AUTO, DEMO, EVALUATION, evaluation_data, is_demo
 from llmprune.calibration.windows import token_ids
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.sink import write_json
@@ -44,7 +45,7 @@ KINDS = {Perplexity: "perplexity", RollingPerplexity: "rolling", Evaluation: "ta
 def perplexity(
     model: Any,
     tokenizer: Any = None,
-    data: str = "demo",
+    data: str | PathLike[str] = "auto",
     *,
     seq_len: int | None = None,
     num_windows: int | None = None,
@@ -62,7 +63,8 @@ def perplexity(
         model: a `PreTrainedModel`, or a folder, which is streamed and may be larger than memory.
         tokenizer: the model's; read from the folder when absent.
         data: "demo" (the bundled evaluation text), "wikitext2" or "c4" (joined and split as in the
-            papers), or a file.
+            papers), or a file. "auto" is what the recipe of a result says, demo for the demo model,
+            and else wikitext2.
         seq_len: tokens per window; min(2048, the model's maximum).
         num_windows: how many from the start of the text; when absent all, or as many tokens as the
             papers score (c4: 256 windows).
@@ -78,6 +80,7 @@ def perplexity(
         raise RecipeError(f"num_windows: {num_windows} windows measure nothing. Ask for 1 or more.")
     wish = _wish(model, seq_len=seq_len, revision=revision, trust_remote_code=trust_remote_code)
     opened = _open(model, tokenizer, wish, device, dtype)
+    data = _text_for(model, data)
     most = None if num_windows else most_windows(data)
     question = pose(
         evaluation_text(data, key="perplexity", tokenizer=opened.tokenizer),
@@ -89,16 +92,29 @@ def perplexity(
         num_tokens=most and most * opened.seq_len,
         bos=bos,
     )
-    found = question.answer(*opened.loss(question.windows, micro_batch))
+    loss = opened.loss(question.windows, micro_batch)
+    found = question.answer(*loss, dtype=opened.dtype)
     if found.warning:
         Progress("quiet").warn(found.warning)
     return found
 
 
+def _text_for(model: Any, data: str | PathLike[str]) -> str:
+    """Return the text to measure on: what is asked for, or what `auto` means for a model."""
+    if str(data) != AUTO:
+        return str(data)
+    streamed = isinstance(model, str | PathLike)
+    name = str(model) if streamed else getattr(model, "name_or_path", "")
+    record = Path(name) / "llmprune" / "run.json"
+    if streamed and record.exists():
+        return evaluation_data(build(read_json(record)["wish"]))
+    return DEMO if is_demo(name) else EVALUATION
+
+
 def rolling_perplexity(
     model: Any,
     tokenizer: Any = None,
-    data: str = "demo",
+    data: str | PathLike[str] = "auto",
     *,
     seq_len: int | None = None,
     micro_batch: int = 1,
@@ -118,6 +134,7 @@ def rolling_perplexity(
     """
     wish = _wish(model, seq_len=seq_len, revision=revision, trust_remote_code=trust_remote_code)
     opened = _open(model, tokenizer, wish, device, dtype)
+    data = _text_for(model, data)
     prefix = prefix_token(opened.tokenizer)
     text = evaluation_text(data, key="perplexity", tokenizer=opened.tokenizer)
     windows = rolling_windows(token_ids(text, opened.tokenizer), opened.seq_len, prefix)
@@ -132,12 +149,13 @@ def rolling_perplexity(
         seq_len=opened.seq_len,
         prefix=str(opened.tokenizer.convert_ids_to_tokens(prefix)),
         data=data,
+        dtype=str(opened.dtype).removeprefix("torch."),
     )
 
 
 def evaluate(
     model: Any,
-    tasks: str | Sequence[str],
+    tasks: str | PathLike[str] | Sequence[str | PathLike[str]],
     tokenizer: Any = None,
     *,
     limit: int | None = None,
@@ -180,8 +198,12 @@ def evaluate(
     where = choose_device(device)
     for side in sides.values():
         side.check_fits(dtype, where)
-    names = [tasks] if isinstance(tasks, str) else list(tasks)
-    opened = open_tasks(names, include_path=include_path, num_fewshot=num_fewshot)
+    if num_fewshot is not None and num_fewshot < 0:
+        raise RecipeError(f"num_fewshot: {num_fewshot} examples cannot be shown. Give 0 or more.")
+    names = [tasks] if isinstance(tasks, str | PathLike) else list(tasks)
+    opened = open_tasks(
+        [str(name) for name in names], include_path=include_path, num_fewshot=num_fewshot
+    )
     scores: dict[str, tuple[Score, ...]] = {}
     facts: dict[str, TaskFacts] = {}
     dtypes = {}
@@ -235,11 +257,18 @@ class _Opened:
 
     tokenizer: Any
     seq_len: int
+    dtype: torch.dtype
     model: Any = None
     blocks: Any = None
 
     def loss(self, windows: Windows, micro_batch: int) -> tuple[float, int]:
-        """Return (summed negative log-likelihood, predicted tokens)."""
+        """Return (summed negative log-likelihood, predicted tokens).
+
+        Raises:
+            RecipeError: the micro-batch holds nothing.
+        """
+        if micro_batch < 1:
+            raise RecipeError(f"micro_batch: {micro_batch} measures nothing. Give 1 or more.")
         if self.blocks is not None:
             return loss_of_blocks(self.blocks, *windows, micro_batch=micro_batch)
         return loss_of_model(self.model, *windows, micro_batch=micro_batch)
@@ -321,14 +350,14 @@ def _open(model: Any, tokenizer: Any, wish: Recipe, device: str, dtype: str) -> 
         if tokenizer is None:
             raise RecipeError(NO_TOKENIZER)
         length = sequence_length(wish, model.config)
-        return _Opened(tokenizer=tokenizer, seq_len=length, model=model)
+        return _Opened(tokenizer=tokenizer, seq_len=length, dtype=model.dtype, model=model)
     source = open_source(wish.model, revision=wish.revision)
     tokenizer = tokenizer or read_tokenizer(source, wish)
     where = choose_device(device)
     kind = choose_dtype(dtype, storage_dtype(source), where)
     blocks = open_blocks(source, wish, where, kind)
     length = sequence_length(wish, blocks.model.config)
-    return _Opened(tokenizer=tokenizer, seq_len=length, blocks=blocks)
+    return _Opened(tokenizer=tokenizer, seq_len=length, dtype=kind, blocks=blocks)
 
 
 def _sides(

@@ -29,7 +29,7 @@ from llmprune.engine.folder import (
     prior_masks,
     what_fixes,
 )
-from llmprune.engine.opening import Opened, anatomies_of, read_tokenizer
+from llmprune.engine.opening import Opened, anatomies_of, check_walk, read_tokenizer
 from llmprune.engine.plan import make_plan, max_seq_len
 from llmprune.engine.records import OBEYED, OWN, Records, check_out, check_same_run
 from llmprune.engine.solving import Outcome
@@ -118,7 +118,8 @@ def check_tokens(tokens_NT: Tensor, config: Any) -> None:
         RecipeError: not (N, T) whole numbers of the vocabulary, or longer than the model takes.
     """
     text = config.get_text_config()
-    if tokens_NT.ndim != 2 or tokens_NT.is_floating_point() or not tokens_NT.numel():
+    whole = not tokens_NT.is_floating_point() and tokens_NT.dtype != torch.bool
+    if tokens_NT.ndim != 2 or not whole or not tokens_NT.numel():
         raise RecipeError(
             f"calibration: token ids of shape {tuple(tokens_NT.shape)}, {tokens_NT.dtype}. "
             "Give whole numbers of shape (sequences, tokens)."
@@ -231,10 +232,11 @@ def run_resident(
             device=blocks.device,
             dtype=model.dtype,
             stored_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-            storage_itemsize=model.dtype.itemsize,
+            stored=model.dtype,
             may_evaluate=False,
         )
         if plan.forward:
+            check_walk(model.config, blocks.family)
             if tokens is None:
                 if tokenizer is None:
                     raise RecipeError(
@@ -335,7 +337,7 @@ def _evaluate(
             except LlmpruneError as error:
                 progress.warn(f"perplexity is not measured: {error}")
                 return None
-            answer = question.answer(*loss)
+            answer = question.answer(*loss, dtype=plan.dtype)
             found[name] = asdict(answer)
             if name == "dense" and answer.warning:
                 progress.warn(answer.warning)

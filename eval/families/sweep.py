@@ -182,8 +182,8 @@ Types that are encoders by origin (BERT and its kin) see both sides of a token u
 says `is_decoder`.
 
 What is pruned: linears inside the blocks. `{{expert}}` stands for each expert's own. A weight is
-*not eligible* where it is a router, a convolution, or no matrix that an activation is multiplied
-with.
+*not eligible* where it is a router, a convolution, or no matrix whose product with an activation is
+watched (`einsum` is not).
 
 """
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmprune.allocation.types import Request
 from llmprune.mask.pieces import PIECE
+from llmprune.score.magnitude import absolute
 from llmprune.stats.types import Stats
 
 
@@ -22,7 +23,7 @@ def magnitudes(weight_OI: Tensor, stats: Stats, keep_OI: Tensor | None) -> Tenso
     >>> magnitudes(torch.tensor([[3.0, -1.0]]), Stats(num_tokens=0, values={}), None)
     tensor([[3., 1.]])
     """
-    return weight_OI.detach().to(torch.float32, copy=True).abs_()
+    return absolute(weight_OI, stats)
 
 
 def layer_adaptive(score_N: Tensor) -> Tensor:

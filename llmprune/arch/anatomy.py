@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from llmprune.arch.types import Coupling, Family, Linear, Tap, Unfuse
 from llmprune.base.errors import UnsupportedModel
 
-ROUTERS = re.compile(r"(^|\.)(gate|router|wg|gate_network|shared_expert_gate|router_weights)(\.|$)")
+ROUTERS = re.compile(r"(^|\.)(gate|wg|gate_network|shared_expert_gate|\w*router\w*)(\.|$)")
+EXPERT = re.compile(r"\bexperts\.\d+(?=\.|$)")
 INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -107,7 +108,7 @@ def _what_else(param: str, shape: tuple[int, ...], shapes: Shapes) -> str:
         return "router"
     if len(shape) > 2 and "conv" in param:
         return "convolution"
-    return "not multiplied as a matrix"
+    return "no product with it is watched"
 
 
 def _split(row: Unfuse, shape: tuple[int, ...]) -> dict[str, Linear]:

@@ -156,7 +156,7 @@ def _kinds(data: Mapping[str, Any]) -> dict[str, Any]:
     for index in range(depth):
         kind = [value[index] for value in lists.values()], own.get(index)
         first.setdefault(str(kind), index)
-    kept = sorted(first.values()) if lists or own else [0]
+    kept = sorted(first.values()) if lists or own else [0] * _period(data, depth)
     small: dict[str, Any] = {}
     if shared := data.get("num_kv_shared_layers"):  # the last blocks read what the first computed
         kept = kept * 2
@@ -171,6 +171,14 @@ def _kinds(data: Mapping[str, Any]) -> dict[str, Any]:
         parts = {new: own[old] for new, old in enumerate(kept) if old in own}
         small["per_layer_config"] = {new: _shrunk(part) for new, part in parts.items()}
     return dict.fromkeys(depths, len(kept)) | small
+
+
+def _period(data: Mapping[str, Any], depth: int) -> int:
+    """Return the blocks after which kinds repeat, where a shorter list names those of a period."""
+    periods = [value for key, value in data.items() if key.endswith("block_types")]
+    return max(
+        (len(v) for v in periods if isinstance(v, list | tuple) and 0 < len(v) < depth), default=1
+    )
 
 
 def _are_indices(key: str, value: Any, depth: int) -> bool:

@@ -7,8 +7,7 @@ matrices are multiplied with the same activation. Legend: E experts, O outputs, 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmprune.arch.anatomy import is_router
+from llmprune.arch.anatomy import EXPERT, is_router
 from llmprune.arch.miniature import SEQ_LEN, miniature_model
 from llmprune.arch.products import Products, slices
 from llmprune.arch.table import row_of
@@ -125,9 +124,7 @@ def _find_blocks(model: Any) -> str:
     """
     calls: list[tuple[str, int]] = []
     lists: dict[str, nn.ModuleList] = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
     }
     hooks = []
     for name, members in lists.items():
@@ -148,7 +145,8 @@ def _find_blocks(model: Any) -> str:
     good = {
         name: sum(value.numel() for value in members.parameters())
         for name, members in lists.items()
-        if [index for other, index in calls if other == name] == list(range(len(members)))
+        if len(members) > 1
+        and [index for other, index in calls if other == name] == list(range(len(members)))
     }
     if not good:
         raise UnsupportedModel(
@@ -156,7 +154,29 @@ def _find_blocks(model: Any) -> str:
             f"(its lists: {', '.join(lists) or 'none'}). Only such models can be pruned block by "
             "block."
         )
-    return max(good, key=lambda name: (good[name], -len(name)))
+    found = max(good, key=lambda name: (good[name], -len(name)))
+    _check_alone(model, found, {name for name, _ in calls})
+    return found
+
+
+def _check_alone(model: Any, blocks: str, called: Collection[str]) -> None:
+    """Check that no other list of the model holds blocks, or halves of them.
+
+    Lists of single matrices or norms are no blocks.
+
+    Raises:
+        UnsupportedModel: one does, and would stay as it is.
+    """
+    for name in sorted(called):
+        if f"{name}.".startswith(f"{blocks}.") or blocks.startswith(f"{name}."):
+            continue
+        matrices = [p for p in model.get_submodule(name)[0].parameters() if p.dim() > 1]
+        if len(matrices) > 1:
+            raise UnsupportedModel(
+                f"{type(model).__name__} runs blocks from more than one list: {blocks} and {name}. "
+                "Only models whose blocks stand in one list, each fed by the one before it, can be "
+                "pruned block by block."
+            )
 
 
 def _trace(model: Any, blocks: Any) -> Trace:
@@ -282,4 +302,4 @@ def _templates(params: list[str], names: Mapping[str, tuple[str, ...]]) -> Itera
     """Yield the linears of parameters, experts that are modules of their own as templates."""
     for param in params:
         for name in names[param]:
-            yield re.sub(r"\bexperts\.\d+\.", "experts.{expert}.", name)
+            yield EXPERT.sub("experts.{expert}", name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmprune.base.errors import RecipeError
 from llmprune.base.registry import unknown
-from llmprune.calibration.chat import COLUMNS, PAIRS, messages_of, pair_text, render
+from llmprune.calibration.chat import COLUMNS, PAIRS, Chats, messages_of
 from llmprune.calibration.files import Part, Row, local_files, local_parts
 from llmprune.calibration.hub import HubText, Use, open_hub_text
 from llmprune.calibration.presets import PRESETS
@@ -37,29 +37,32 @@ class Text:
         """Tell whether the rows are the lines of one text."""
         return self.wish.data in PRESETS and PRESETS[self.wish.data].lines
 
-    def documents(self, seed: int | None = None, tokenizer: Any = None) -> Iterator[str]:
+    def documents(self, seed: int | None = None, chats: Chats | None = None) -> Iterator[str]:
         """Yield documents, files in an order drawn by ``seed``, or in their own.
 
-        The lines of one text are one document. ``tokenizer`` brings the template of chats.
+        The lines of one text are one document. ``chats`` writes conversations.
 
         Raises:
             RecipeError: there is no text, or it cannot be read; begins with the key.
         """
-        rows = self.rows(seed, tokenizer)
+        chats = Chats() if chats is None else chats
+        rows = self.rows(seed, chats)
         found = iter(["\n\n".join(rows)]) if self.lines else (text for text in rows if text.strip())
         empty = True
         for text in found:
             empty = empty and not text.strip()
             yield text
+        if empty and chats.num_refused:
+            raise chats.refused(f"'{self.wish.data}'", self.key)
         if empty:
             raise RecipeError(f"{self.key}: there is no text in it. Give a file that holds some.")
 
-    def rows(self, seed: int | None = None, tokenizer: Any = None) -> Iterator[str]:
+    def rows(self, seed: int | None, chats: Chats) -> Iterator[str]:
         """Yield the text of every row that has one, blank ones too."""
         for part in self._parts(seed):
             read: Reader | None = None
             for row in part.read():
-                read = read or self._reader(row, part, tokenizer)
+                read = read or self._reader(row, part, chats)
                 text = read(row)
                 if text is not None:
                     yield text
@@ -77,19 +80,21 @@ class Text:
         columns = (self.wish.column,) if self.wish.column else None
         return local_parts(self.source, columns=columns, seed=seed, key=self.key)
 
-    def _reader(self, row: Row, part: Part, tokenizer: Any) -> Reader:
+    def _reader(self, row: Row, part: Part, chats: Chats) -> Reader:
         """Return what makes a document of a row, decided by the first one."""
         asked = part.column or self.wish.column
         if asked is not None and asked not in row:
             raise unknown(sibling(self.key, "column"), asked, row)
         names = (asked,) if asked is not None else _columns(row, part.name, self.key)
         if len(names) == 2:
-            return lambda row: _pair(row, names, tokenizer)
-        return lambda row: self._cell(row.get(names[0]), names[0], part, tokenizer)
+            return lambda row: self._pair(row, names, part, chats)
+        return lambda row: self._cell(row.get(names[0]), names[0], part, chats)
 
-    def _cell(self, value: object, column: str, part: Part, tokenizer: Any) -> str | None:
+    def _cell(self, value: object, column: str, part: Part, chats: Chats) -> str | None:
         if value is None or isinstance(value, str):
             return value
+        if value == []:  # a conversation without a message
+            return None
         what = f"column '{column}' of '{part.name}'"
         messages = messages_of(value)
         if messages is None:
@@ -97,7 +102,16 @@ class Text:
                 f"{self.key}: {what} holds {type(value).__name__}, not text. Give a column of text "
                 "or of chats: lists of messages with role and content."
             )
-        return render(messages, tokenizer, what=what, key=self.key)
+        return chats.text(messages, what=what, key=self.key)
+
+    def _pair(self, row: Row, names: tuple[str, ...], part: Part, chats: Chats) -> str | None:
+        question, answer = row.get(names[0]), row.get(names[1])
+        if not isinstance(question, str) or not isinstance(answer, str):
+            return None
+        more = row.get("input")
+        if names[0] == "instruction" and isinstance(more, str) and more.strip():
+            question = f"{question}\n\n{more}"
+        return chats.pair(question, answer, what=f"'{part.name}'", key=self.key)
 
 
 def open_text(wish: Portion, *, key: str = "calibration.data", use: Use = "calibration") -> Text:
@@ -142,7 +156,7 @@ def _columns(row: Row, name: str, key: str) -> tuple[str, ...]:
     if "text" in row:
         return ("text",)
     for column in COLUMNS:
-        if messages_of(row.get(column)) is not None:
+        if row.get(column) == [] or messages_of(row.get(column)) is not None:
             return (column,)
     for pair in PAIRS:
         if set(pair) <= set(texts):
@@ -153,13 +167,3 @@ def _columns(row: Row, name: str, key: str) -> tuple[str, ...]:
         f"{key}: which column of '{name}' holds the text is not clear. The columns: "
         f"{', '.join(row)}. Name it 'text', or type `calibration.column=NAME` for calibration."
     )
-
-
-def _pair(row: Row, names: tuple[str, ...], tokenizer: Any) -> str | None:
-    question, answer = row.get(names[0]), row.get(names[1])
-    if not isinstance(question, str) or not isinstance(answer, str):
-        return None
-    more = row.get("input")
-    if names[0] == "instruction" and isinstance(more, str) and more.strip():
-        question = f"{question}\n\n{more}"
-    return pair_text(question, answer, tokenizer)

@@ -8,6 +8,7 @@ import glob
 import gzip
 import itertools
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,15 +44,16 @@ def local_files(data: str, key: str) -> list[Path]:
     if place_of(data) == "demo":
         return [demo_file("calibration.txt")]
     path = Path(data).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):  # also for a name too long for a file
         if suffix_of(path) is None:
             raise RecipeError(f"{key}: cannot read '{data}' by its name. {_FORMATS}")
         return [path]
-    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    is_folder = os.path.isdir(path)
+    found = path.rglob("*") if is_folder else map(Path, glob.glob(str(path), recursive=True))
     files = sorted(file for file in found if file.is_file() and suffix_of(file))
     if files:
         return files
-    if path.is_dir() or glob.has_magic(data):
+    if is_folder or glob.has_magic(data):
         raise RecipeError(f"{key}: '{data}' holds no file that can be read. {_FORMATS}")
     raise UnknownName(f"{key}: {_not_found(data, path)}")
 
@@ -139,7 +141,9 @@ def _table(file: Path, columns: Sequence[str] | None, key: str) -> Iterator[Row]
 
 def _not_found(data: str, path: Path) -> str:
     folder = path.parent
-    files = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    files = [file.name for file in folder.iterdir()] if os.path.isdir(folder) else []
+    if path.name in files:
+        return f"'{data}' is no file but a device, a pipe or a link to nothing. {_FORMATS}"
     known = [DEMO, *PRESETS]
     near_files = difflib.get_close_matches(path.name, sorted(files), n=1)
     near = difflib.get_close_matches(data, known, n=1) or [str(folder / n) for n in near_files]

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from llmprune.base.errors import RecipeError
+from llmprune.calibration.chat import Chats
 from llmprune.calibration.documents import Text, open_text
 from llmprune.calibration.presets import PRESETS
 from llmprune.calibration.selection import AUTO, DEMO, EVALUATION, demo_file
@@ -25,14 +27,19 @@ def evaluation_text(data: str, *, key: str = "evaluate.data", tokenizer: Any = N
 
     Raises RecipeError that begins with ``key``.
     """
+    if not isinstance(data, str) or not data.strip():
+        raise RecipeError(
+            f"{key}: {data!r} names no text. Give demo, wikitext2, c4, a file, or a data set on "
+            "the Hub as OWNER/NAME."
+        )
     name = EVALUATION if data == AUTO else data
     if name == DEMO:
         return demo_file("evaluation.txt").read_text(encoding="utf-8")
     text = open_text(Portion(data=name), key=key, use="evaluation")
     preset = PRESETS.get(name)
     if preset is None:
-        return "\n\n".join(_some(text, tokenizer))
-    documents = text.documents(None, tokenizer)
+        return "\n\n".join(_some(text, Chats(tokenizer)))
+    documents = text.documents(None, Chats(tokenizer))
     return preset.joint.join(islice(documents, preset.num_documents))
 
 
@@ -45,10 +52,10 @@ def most_windows(data: str) -> int | None:
     return PRESETS[data].num_windows if data in PRESETS else None
 
 
-def _some(text: Text, tokenizer: Any) -> Iterator[str]:
+def _some(text: Text, chats: Chats) -> Iterator[str]:
     """Yield documents: all of files, of a data set on the Hub until there is enough."""
     size = 0
-    for document in text.documents(None, tokenizer):
+    for document in text.documents(None, chats):
         yield document
         size += len(document)
         if text.is_remote and size >= _MOST_CHARACTERS:

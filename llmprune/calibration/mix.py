@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.base.errors import RecipeError
+from llmprune.calibration.chat import Chats
 from llmprune.calibration.documents import Text, open_text
-from llmprune.calibration.selection import calibration_texts, name_of
+from llmprune.calibration.files import local_files
+from llmprune.calibration.selection import calibration_texts, name_of, place_of
 from llmprune.calibration.windows import token_hash, tokenize_windows
 
 if TYPE_CHECKING:
@@ -53,8 +55,9 @@ def read_windows(recipe: Recipe, tokenizer: Any, *, seq_len: int) -> Windows:
     check_shares(texts, counts)
     found, notices = [], []
     for text, count in zip(texts, counts, strict=True):
+        chats = Chats(tokenizer)
         tokens_NT, notice = tokenize_windows(
-            text.documents(seed, tokenizer),
+            text.documents(seed, chats),
             tokenizer,
             num_samples=count,
             seq_len=seq_len,
@@ -64,6 +67,12 @@ def read_windows(recipe: Recipe, tokenizer: Any, *, seq_len: int) -> Windows:
         )
         found.append(tokens_NT)
         notices += [f"{text.wish.data}: {notice}" if many else notice] if notice else []
+        if chats.num_refused:
+            read = chats.num_refused + chats.num_written
+            notices.append(
+                f"calibration leaves out {chats.num_refused} of {read} conversations of "
+                f"'{text.wish.data}', which the chat template refuses: {chats.reason}."
+            )
     records = [
         text.record() | {"num_windows": len(tokens_NT)}
         for text, tokens_NT in zip(texts, found, strict=True)
@@ -134,12 +143,23 @@ def _put_together(found: Sequence[Tensor], seed: int) -> Tensor:
 
 
 def wish_hash(recipe: Recipe, seq_len: int, folder: Path) -> str:
-    """Return a hash of all that decides windows but the text's content: wish and tokenizer."""
-    wish = recipe.calibration
-    texts = [text.model_dump(mode="json") for text in calibration_texts(recipe)]
+    """Return a hash of all that decides windows but the content of texts: wish and tokenizer.
+
+    Of files that are part of a mix it follows sizes and times.
+    """
+    wish, wishes = recipe.calibration, calibration_texts(recipe)
+    texts = [text.model_dump(mode="json") for text in wishes]
     asked = [texts, wish.num_samples, seq_len, wish.bos, recipe.seed]
+    if len(wishes) > 1:
+        asked.append([_marks(text.data) for text in wishes if place_of(text.data) == "local"])
     digest = hashlib.sha256(json.dumps(asked).encode())
     for pattern in _TOKENIZER_FILES:
         for path in sorted(folder.glob(pattern)):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _marks(data: str) -> list[tuple[str, int, int]]:
+    """Return name, size and time of the files of a text."""
+    marks = ((path, path.stat()) for path in local_files(data, "calibration.data"))
+    return [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in marks]

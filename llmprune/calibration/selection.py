@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterable
 from importlib import resources
@@ -11,6 +12,7 @@ from typing import Literal
 
 from llmprune.base.errors import RecipeError
 from llmprune.calibration.presets import PRESETS
+from llmprune.checkpoint.source import read_json
 from llmprune.recipe.models import PARTS, Portion, Recipe
 
 DEMO, AUTO, HUB = "demo", "auto", "hub:"
@@ -19,7 +21,7 @@ CALIBRATION, EVALUATION = "c4", "wikitext2"  # what `auto` stands for, except fo
 SUFFIXES = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 
 _ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_WEIGHED = re.compile(r"(?P<name>.+?)(?::(?P<weight>\d+(?:\.\d+)?))?")
+_WEIGHED = re.compile(r"(?P<name>.+?)(?::(?P<weight>\d{1,9}(?:\.\d{1,9})?))?")
 
 Place = Literal["demo", "preset", "local", "hub"]
 
@@ -79,10 +81,15 @@ def name_of(texts: Iterable[Portion]) -> str:
 
 
 def is_demo(model: str) -> bool:
-    """Tell whether a model is the bundled one, by name or by its folder."""
+    """Tell whether a model is the bundled one, by name or by its folder, or was made from it."""
     if model == DEMO:
         return True
-    return Path(model).is_dir() and Path(model).resolve() == demo_file("model").resolve()
+    folder = Path(model)
+    if not folder.is_dir():
+        return False
+    record = folder / "llmprune" / "run.json"
+    made_from = read_json(record).get("origin", {}).get("name") if record.is_file() else None
+    return made_from == DEMO or folder.resolve() == demo_file("model").resolve()
 
 
 def demo_file(name: str) -> Path:
@@ -142,5 +149,5 @@ def _texts(data: str) -> tuple[Portion, ...]:
 
 
 def _is_local(data: str) -> bool:
-    path = Path(data).expanduser()
-    return path.exists() or (glob.has_magic(data) and bool(glob.glob(str(path), recursive=True)))
+    path = os.path.expanduser(data)  # names too long for a file are none
+    return os.path.exists(path) or (glob.has_magic(data) and bool(glob.glob(path, recursive=True)))

@@ -126,6 +126,14 @@ def _stream(documents: Iterable[str], tokenizer: Any, limit: int, *, bos: bool) 
 
 
 def _encode(text: str, tokenizer: Any) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        place = text[max(error.start - 20, 0) : error.end]
+        raise RecipeError(
+            f"the text holds half a character (a surrogate without its other half) at {place!r}. "
+            "Mend or leave out what it is in."
+        ) from None
     # `verbose=False` is about the model's context length, which the windows will respect.
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids

@@ -165,6 +165,11 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
                 f"the Hub answered {error.response.status_code} for {model}. Try again later, log "
                 "in with `hf auth login`, or give a local folder."
             ) from None
+        if isinstance(error, UnicodeEncodeError):
+            raise CheckpointError(
+                "the token for the Hub holds characters that none has. Log in again with "
+                "`hf auth login`, or correct HF_TOKEN."
+            ) from None
         if not is_connection(error):
             raise
         raise CheckpointError(

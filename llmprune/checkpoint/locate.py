@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmprune.base.errors import CheckpointError
 from llmprune.checkpoint.hub import open_hub
+from llmprune.checkpoint.sink import check_links
 from llmprune.checkpoint.source import Source, open_folder
 
 
@@ -21,7 +22,9 @@ def open_source(model: str, *, revision: str | None = None) -> Source:
         return open_folder(Path(str(files("llmprune") / "demo" / "model")), name="demo")
     path = Path(model).expanduser()
     if path.is_dir():
-        return open_folder(path, name=str(path))
+        found = open_folder(path, name=str(path))
+        check_links(path)
+        return found
     if path.exists():
         raise CheckpointError(
             f"--model {model} is a file. Give the folder that holds config.json and the "

@@ -131,10 +131,7 @@ TEMPLATES = "additional_chat_templates"
 
 def copy_side_files(source: Path, out: Path) -> None:
     """Copy tokenizer, templates, licence and other small files; weights and pickles stay behind."""
-    files = [*source.iterdir(), *(source / TEMPLATES).glob("*")]
-    for path in sorted(files):
-        if not path.is_file() or path.name.startswith(".") or path.name.endswith(HEAVY):
-            continue
+    for path in side_files(source):
         target = out / path.relative_to(source)
         try:
             target.parent.mkdir(exist_ok=True)
@@ -142,3 +139,30 @@ def copy_side_files(source: Path, out: Path) -> None:
             settle(target)
         except OSError as error:
             raise write_failed(target, error) from error
+
+
+def side_files(source: Path) -> list[Path]:
+    """Return what belongs to a checkpoint beside its weights, sorted."""
+    files = [*source.iterdir(), *(source / TEMPLATES).glob("*")]
+    return [
+        path
+        for path in sorted(files)
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(HEAVY)
+    ]
+
+
+def check_links(source: Path) -> None:
+    """Check that no side file is a link out of its checkpoint; the Hub's cache links to its blobs.
+
+    Raises:
+        CheckpointError: one is: what it leads to would be copied, and might be published.
+    """
+    home = source.resolve()
+    cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    for path in side_files(source):
+        real = path.resolve()
+        if home not in real.parents and cache not in real.parents:
+            raise CheckpointError(
+                f"{path} is a link that leads out of the checkpoint, to {real}. Put a copy of the "
+                "file in its place if it belongs to the model, or remove the link."
+            )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmprune.arch.anatomy import EXPERT
 from llmprune.arch.probe import find_family
 from llmprune.arch.types import Family
 from llmprune.base.errors import CheckpointError, UnsupportedModel
@@ -67,11 +67,6 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if quantised := data.get("quantization_config"):
         method = quantised.get("quant_method", quantised.get("fmt", "unknown format"))
         raise UnsupportedModel(f"{folder} " + QUANTISED.format(method=method))
-    if "auto_map" in data and not trust_remote_code:
-        raise UnsupportedModel(
-            f"{folder} brings its own Python code (auto_map in config.json), which is not run "
-            "unasked. Read the code, then add --trust-remote-code."
-        )
     if towers := sorted(k for k in ("vision_config", "audio_config") if data.get(k)):
         raise UnsupportedModel(
             f"{folder} is a {data.get('model_type')} model with a {towers[0].split('_')[0]} tower. "
@@ -81,6 +76,11 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # validators of many kinds; all mean that this config is unusable
+        if "auto_map" in data and "trust_remote_code" in str(error):  # no family of transformers
+            raise UnsupportedModel(
+                f"{folder} brings its own Python code (auto_map in config.json), which is not run "
+                "unasked. Read the code, then add --trust-remote-code."
+            ) from error
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder / 'config.json'} is not understood: {first}") from error
 
@@ -120,11 +120,11 @@ def build_skeleton(
             f"{type(model).__name__} has no blocks at {family.blocks!r}, where the row of "
             f"{config.model_type!r} in llmprune/arch/table.py expects them."
         ) from None
-    _check_blocks(model, family)
+    check_blocks(model, family)
     return Skeleton(model=model.eval().requires_grad_(False), family=family)
 
 
-def _check_blocks(model: Any, family: Family) -> None:
+def check_blocks(model: Any, family: Family) -> None:
     """Check that no two blocks share a parameter, and that none has what the probe has not seen.
 
     Raises:
@@ -149,7 +149,7 @@ def _check_blocks(model: Any, family: Family) -> None:
 
 def _template(name: str) -> str:
     """Return the name of a parameter in the first of the modules it belongs to (experts)."""
-    return re.sub(r"\bexperts\.\d+\.", "experts.0.", name)
+    return EXPERT.sub("experts.0", name)
 
 
 def use_eager_experts(model: Any) -> None:

@@ -6,6 +6,7 @@ rows of 128 fixed tokens, zeros where the masks say so, untouched tensors bit fo
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROWS, TOKENS = 2, 128
+OURS = "ours.safetensors"
 PIECE = 2**17  # of memory that the fresh process gives back as soon as it is freed
 
 
@@ -85,12 +87,21 @@ def pass_gate(
     blocks = stream(written, skeleton, device=device, dtype=dtype)
     tokens = gate_tokens(config)
     with tempfile.TemporaryDirectory(prefix=".gate-", dir=folder) as scratch:
-        ours = Path(scratch) / "ours.safetensors"
-        _write_logits(blocks, tokens, ours)
+        _write_logits(blocks, tokens, Path(scratch) / OURS)
         size = sum(entry.num_params for entry in written.entries.values()) * dtype.itemsize
-        loaded = _load_stock(folder, Path(scratch), tokens, device, dtype, trust_remote_code, size)
-        _check_keys(folder, loaded, _unused_in_source(folder))
-        agreement = compare(ours, Path(scratch) / "stock.safetensors", str(dtype))
+        job = {
+            "folder": str(folder.resolve()),
+            "scratch": str(Path(scratch).resolve()),
+            "tokens": tokens.tolist(),
+            "dtype": str(dtype).removeprefix("torch."),
+            "trust_remote_code": trust_remote_code,
+        }
+        agreement = _agree_with_stock(folder, Path(scratch), job, size)
+    if math.isnan(agreement.kl):
+        raise WontLoad(
+            f"{folder} loads, but its logits are NaN or infinite, so nothing is proven. The "
+            "checkpoint is damaged or overflows: try --dtype float32 or bfloat16."
+        )
     if not agreement.passed:
         raise WontLoad(
             f"{folder} loads, but its logits differ from what was computed block by block: "
@@ -129,36 +140,31 @@ def _write_logits(blocks: Streamed, tokens_NT: Tensor, path: Path) -> None:
     )
 
 
-def _load_stock(
-    folder: Path,
-    scratch: Path,
-    tokens_NT: Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-    size: int,
-) -> dict[str, Any]:
-    """Load the folder with `from_pretrained` in a fresh process; return its loading info.
+def _agree_with_stock(folder: Path, scratch: Path, job: Mapping[str, Any], size: int) -> Agreement:
+    """Load the folder with `from_pretrained` in a fresh process, and compare its logits with ours.
 
     Weights stay on disk until a module asks for them. Some models take their weights in other ways,
-    which that cannot serve: these are loaded whole, where their `size` in bytes fits the memory.
+    so that they fail or compute with something else: these are loaded whole, as users do, where
+    their `size` in bytes fits the memory.
+
+    Raises:
+        WontLoad: it does not load, or not cleanly.
     """
     import psutil
 
-    job = {
-        "folder": str(folder.resolve()),
-        "scratch": str(scratch.resolve()),
-        "tokens": tokens_NT.tolist(),
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "trust_remote_code": trust_remote_code,
-    }
-    reason = _run_stock(scratch, job | {"on_disk": True})
-    if reason and size < psutil.virtual_memory().available:
-        reason = _run_stock(scratch, job | {"on_disk": False})
-    if reason:
+    agreement: Agreement | None = None
+    whole = [False] if size < psutil.virtual_memory().available else []
+    for on_disk in (True, *whole):
+        reason = _run_stock(scratch, {**job, "on_disk": on_disk})
+        if reason is None:
+            _check_keys(folder, read_json(scratch / "loaded.json"), _unused_in_source(folder))
+            stock = scratch / "stock.safetensors"
+            agreement = compare(scratch / OURS, stock, f"torch.{job['dtype']}")
+            if agreement.passed:
+                break
+    if agreement is None:
         raise WontLoad(f"{folder} does not load with from_pretrained: {reason}")
-    return read_json(scratch / "loaded.json")
+    return agreement
 
 
 def _run_stock(scratch: Path, job: Mapping[str, Any]) -> str | None:

@@ -20,6 +20,7 @@ from llmprune.mask.pattern import Channels, NofM, Pattern, Tiles
 from llmprune.score import SCORES
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from llmprune.recipe.models import PruneStep
@@ -149,14 +150,17 @@ def name_shares(sparsities: Mapping[str, float], sites: Sequence[Site]) -> dict[
     return {name: share for name, (_, share) in found.items()}
 
 
-def survey_cost(allocation: str, sites: Sequence[Site], itemsize: int) -> Survey:
-    """Return what a survey reads and holds; `itemsize` is that of the stored weights.
+def survey_cost(
+    allocation: str, pattern: Pattern, sites: Sequence[Site], stored: torch.dtype
+) -> Survey:
+    """Return what a survey reads and holds; `stored` is the dtype of the weights.
 
-    A ranking looks twice unless all scores of a bin are equal, as those of bfloat16 weights are.
+    A ranking looks twice unless all scores of a bin are equal, as magnitudes in bfloat16 are.
     """
     profile = ALLOCATIONS[allocation].profile
     assert profile is not None
-    once = not profile.ranked or (itemsize == 2 and profile.normalise is None)
+    plain = profile.normalise is None and not isinstance(pattern, Tiles)
+    once = not profile.ranked or (plain and str(stored) == "torch.bfloat16")
     return Survey(
         num_reads=1 if once else 2,
         num_linears=len(sites) if profile.ranked else 0,

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.base.progress import Progress
-from llmprune.calibration.leak import MOST_SHARED, shared_share
+from llmprune.calibration.leak import MOST_SHARED, RUN, shared_share
 from llmprune.calibration.mix import Windows, read_windows, window_record, wish_hash
 from llmprune.calibration.selection import AUTO, DEMO, calibration_texts, is_demo, place_of
-from llmprune.calibration.windows import tokenize_windows
+from llmprune.calibration.windows import token_hash, tokenize_windows
 from llmprune.checkpoint.sink import write_tensors
 from llmprune.engine.opening import Opened, read_tokenizer
 from llmprune.engine.plan import Plan
@@ -50,9 +50,8 @@ class RunText:
 
         They go with the records when the result is published: a text may be private.
         """
-        path = _kept_file(records)
-        if self.tokens is not None and self.kept and self.kept["is_remote"] and not path.exists():
-            write_tensors(path, {"tokens": self.tokens})
+        if self.tokens is not None and self.kept and self.kept["is_remote"]:
+            write_tensors(_kept_file(records), {"tokens": self.tokens})
 
 
 def run_text(
@@ -82,10 +81,8 @@ def run_text(
     if before and known.get("is_remote") and known.get("asked") == asked:
         if finished:
             return RunText(hash=before["tokens"], kept=known)
-        if _kept_file(records).exists():
-            from safetensors.torch import load_file
-
-            tokens = load_file(_kept_file(records))["tokens"]
+        tokens = _kept_tokens(records)
+        if tokens is not None and token_hash(tokens) == before["tokens"]:
             return _text(asked, Windows(tokens=tokens, record=known["record"], is_remote=True))
     tokenizer = read_tokenizer(opened.source, opened.plan.recipe)
     return _text(asked, calibration_windows(opened.plan, tokenizer, progress))
@@ -130,8 +127,13 @@ def calibration_windows(
 def leaked_share(
     tokens: Tensor | None, evaluation_NT: Tensor | None, progress: Progress
 ) -> float | None:
-    """Return how much of the evaluation text was calibrated on; warn where that counts."""
+    """Return how much of the evaluation text was calibrated on; warn where that counts.
+
+    None where there is nothing to compare, or windows are shorter than what is compared.
+    """
     if tokens is None or evaluation_NT is None:
+        return None
+    if min(tokens.shape[1], evaluation_NT.shape[1]) < RUN:
         return None
     share = shared_share(tokens, evaluation_NT)
     if share > MOST_SHARED:
@@ -146,6 +148,17 @@ def leaked_share(
 def _text(asked: str, windows: Windows) -> RunText:
     kept = {"asked": asked, "is_remote": windows.is_remote, "record": dict(windows.record)}
     return RunText(tokens=windows.tokens, hash=windows.record["tokens"], kept=kept)
+
+
+def _kept_tokens(records: Records) -> Tensor | None:
+    """Return the windows that an earlier run kept, where they can be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(_kept_file(records)).get("tokens")
+    except (OSError, SafetensorError):
+        return None
 
 
 def _kept_file(records: Records) -> Path:

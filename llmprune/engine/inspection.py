@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmprune.arch.anatomy import Anatomy, left_out, split_index
+from llmprune.arch.anatomy import EXPERT, Anatomy, is_router, left_out, split_index
 from llmprune.arch.types import Coupling, Family, Linear, Tap
 from llmprune.base.progress import human_count
 from llmprune.base.text import columns, named_lines, ranges
@@ -23,9 +23,25 @@ class Kind:
 
     @property
     def experts(self) -> int:
-        """Return the number of experts whose linears the blocks hold."""
-        found = {index for name in self.anatomy.linears for _, index in [split_index(name)]}
-        return len(found - {None})
+        """Return the number of experts that a router of the blocks chooses from."""
+        if not any(is_router(param, self.shapes) for param in self.shapes):
+            return 0
+        stacked = (
+            name
+            for name, linear in self.anatomy.linears.items()
+            if linear.expert is not None or EXPERT.search(name)
+        )
+        return len({split_index(name)[1] for name in stacked})
+
+    def folded(self, name: str) -> str:
+        """Return a name with the index in a stack replaced by those of the whole stack."""
+        stacked, index = split_index(name)
+        if index is None:
+            return name
+        taps = (tap.name for tap in self.anatomy.taps)
+        known = map(split_index, (*self.anatomy.linears, *taps, *self.shapes))
+        indices = {other for template, other in known if template == stacked and other is not None}
+        return stacked.replace("*", f"{{{ranges(sorted(indices))}}}")
 
     @property
     def eligible(self) -> int:
@@ -113,17 +129,23 @@ def _kind_text(kind: Kind) -> str:
 
 
 def _tap_rows(kind: Kind) -> list[tuple[str, ...]]:
-    """Return a line per linear, those of all experts as one."""
-    rows: dict[str, tuple[str, ...]] = {}
+    """Return a line per linear, those of a stack (all experts) as one."""
+    rows: dict[str, tuple[str, Linear, int]] = {}
     for tap in kind.anatomy.taps:
         for name in tap.readers:
             linear = kind.anatomy.linears[name]
-            label = _folded(name, kind.experts)
-            shape = f"{linear.shape[0]} x {linear.shape[1]}{_stored(linear)}"
-            times = kind.experts if label != name else 1
-            weights = linear.shape[0] * linear.shape[1] * times
-            rows.setdefault(label, (_folded(tap.name, kind.experts), label, shape, f"{weights:,}"))
-    return list(rows.values())
+            key, _ = split_index(name)
+            first, shown, before = rows.get(key, (tap.name, linear, 0))
+            rows[key] = (first, shown, before + linear.shape[0] * linear.shape[1])
+    return [
+        (
+            kind.folded(tap_name),
+            kind.folded(linear.name),
+            f"{linear.shape[0]} x {linear.shape[1]}{_stored(linear)}",
+            f"{weights:,}",
+        )
+        for tap_name, linear, weights in rows.values()
+    ]
 
 
 def _stored(linear: Linear) -> str:
@@ -151,8 +173,7 @@ def _left_rows(kind: Kind) -> list[tuple[str, ...]]:
     rest = left_out(kind.anatomy, kind.shapes)
     rows: dict[str, tuple[str, int, str]] = {}
     for param, why in rest.items():
-        label = _folded(param, kind.experts)
-        label = "norms, biases, scales" if why.startswith("norm") else label
+        label = "norms, biases, scales" if why.startswith("norm") else kind.folded(param)
         _, before, _ = rows.get(label, ("", 0, ""))
         rows[label] = (label, before + _count([kind.shapes[param]]), why)
     return [(label, f"{size:,}", why) for label, size, why in rows.values()]
@@ -165,12 +186,6 @@ def _trunk_text(trunk: Mapping[str, tuple[int, ...]]) -> str:
         for name, shape in trunk.items()
     ]
     return columns(("not eligible", "parameters", "why"), rows)
-
-
-def _folded(name: str, experts: int) -> str:
-    """Return a name with the index of its expert replaced by the range of all."""
-    template, index = split_index(name)
-    return name if index is None else template.replace("*", f"{{0-{experts - 1}}}")
 
 
 def _count(shapes: Iterable[tuple[int, ...]]) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune.arch.miniature import SEQ_LEN, miniature_model
+from llmprune.arch.types import Family
 from llmprune.base.errors import CheckpointError, RecipeError
 from llmprune.calibration.replay import check_replay
 from llmprune.catalog import METHODS
@@ -111,20 +112,28 @@ def open_plan(recipe: Recipe) -> Opened:
         device=device,
         dtype=dtype,
         stored_bytes=source.num_bytes,
-        storage_itemsize=stored.itemsize,
+        stored=stored,
         converted_params=sum(
             source.entries[name].num_params
             for name, pattern in blocks.naming.pattern.items()
             if pattern is not None
         ),
     )
-    if plan.forward:
-        small = miniature_model(blocks.model.config, trust_remote_code=recipe.trust_remote_code)
-        modules = small.get_submodule(blocks.family.blocks)
-        check_replay(small, modules, SEQ_LEN, returns=blocks.family.returns)
-    else:
+    check_walk(blocks.model.config, blocks.family, trust_remote_code=recipe.trust_remote_code)
+    if not plan.forward:
         blocks = replace(blocks, dtype=None)
     return Opened(source=source, blocks=blocks, plan=plan)
+
+
+def check_walk(config: Any, family: Family, *, trust_remote_code: bool = False) -> None:
+    """Check on a miniature that blocks can be run one at a time, as calibration and gate do.
+
+    Raises:
+        UnsupportedModel: they cannot; says what differs from a normal forward.
+    """
+    small = miniature_model(config, trust_remote_code=trust_remote_code)
+    blocks = small.get_submodule(family.blocks)
+    check_replay(small, blocks, SEQ_LEN, returns=family.returns)
 
 
 def open_blocks(

@@ -175,7 +175,7 @@ def make_plan(
     device: torch.device,
     dtype: torch.dtype,
     stored_bytes: int,
-    storage_itemsize: int,
+    stored: torch.dtype,
     converted_params: int = 0,
     may_evaluate: bool = True,
 ) -> Plan:
@@ -185,8 +185,6 @@ def make_plan(
         RecipeError: the wish does not fit the model.
         TooLarge: it does not fit the memory.
     """
-    import torch
-
     step = recipe.prune
     method = METHODS[step.method]
     pattern = parse_pattern(step.pattern)
@@ -211,8 +209,8 @@ def make_plan(
     seq_len = sequence_length(recipe, config)
     forward = bool(cut_needs or survey_needs)
     removed = sum(counts[site.name] * site.unit_cost for site in sites) if counts else 0
-    shape = _shape(anatomies, config, stored_bytes, storage_itemsize)
-    itemsize = torch.empty((), dtype=dtype).element_size() if forward else storage_itemsize
+    shape = _shape(anatomies, config, stored_bytes, stored.itemsize)
+    itemsize = dtype.itemsize if forward else stored.itemsize
     wants = recipe.evaluate if may_evaluate else None
     windows = wants.num_windows if wants else 0
     cost = estimate(
@@ -224,10 +222,10 @@ def make_plan(
         seq_len=seq_len,
         eval_tokens=windows * seq_len,
         forward=forward,
-        removed_bytes=removed * storage_itemsize if form == "shrunk" else 0,
+        removed_bytes=removed * stored.itemsize if form == "shrunk" else 0,
         converted_params=converted_params,
         rate=measure_rate(device, dtype),
-        survey=survey_cost(allocation, sites, storage_itemsize) if counts is None else None,
+        survey=survey_cost(allocation, pattern, sites, stored) if counts is None else None,
         statistics_bytes=_statistics_bytes(anatomies, groups, cut_needs),
     )
     group = step.group or method.group

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llmprune.base.errors import RecipeError, TooLarge
+from llmprune.base.errors import LlmpruneError, RecipeError, TooLarge
 from llmprune.evaluation.scores import Score, TaskFacts
 from llmprune.evaluation.tasks import hushed
 
@@ -33,7 +34,8 @@ def run_tasks(
     its prompts.
 
     Raises:
-        RecipeError: a chat template is asked of a tokenizer that has none.
+        RecipeError: a chat template is asked of a tokenizer that has none, or a task fails.
+        TooLarge: memory does not suffice.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -46,8 +48,7 @@ def run_tasks(
     _sow(seed)
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=seed)
-    training = model.training
-    with hushed() as said:
+    with hushed() as said, _failures(), _same_mode(model):
         # A copy, because the harness gives the tokenizer a padding token.
         lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         found: Any = lm_eval.evaluate(
@@ -59,8 +60,43 @@ def run_tasks(
             apply_chat_template=apply_chat_template,
             fewshot_as_multiturn=apply_chat_template,
         )
-    model.train(training)
     return tuple(_scores(found)), _facts(found), _notes(said)
+
+
+@contextmanager
+def _same_mode(model: Any) -> Iterator[None]:
+    """Put a model's training mode back at the end."""
+    training = model.training
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Turn what a task's items, code or size raise into a message.
+
+    Raises:
+        TooLarge, RecipeError: what was raised, and what to change.
+    """
+    import torch
+
+    try:
+        yield
+    except LlmpruneError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise TooLarge(
+            "tasks: out of memory. A smaller --batch-size or --dtype bfloat16 needs less."
+        ) from error
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "no message")
+        raise RecipeError(
+            f"tasks: lm_eval stopped ({type(error).__name__}: {first}). An item may lack what the "
+            "task's YAML asks of it, or the task may have fewer worked examples than "
+            "--num-fewshot: mend the task or leave it out."
+        ) from error
 
 
 def check_fits(name: str, num_params: int, itemsize: int, device: torch.device) -> None:

@@ -24,6 +24,7 @@ from llmprune.walk.block import Blocks
 from llmprune.walk.forward import embed, logits, walk
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -36,7 +37,7 @@ class Perplexity:
     """A perplexity of tokens and what it was measured on.
 
     `bos` tells whether every window began with BOS, `tokenizer_adds_bos` whether the tokenizer
-    would begin a text so.
+    would begin a text so, `dtype` what was computed in.
     """
 
     value: float
@@ -47,6 +48,7 @@ class Perplexity:
     data: str
     stride: int | None = None
     tokenizer_adds_bos: bool = False
+    dtype: str = "float32"
 
     def __str__(self) -> str:
         return f"{self.value:.3f} ({self.protocol})"
@@ -58,7 +60,9 @@ class Perplexity:
         bos = "BOS first" if self.bos else "no BOS"
         if self.tokenizer_adds_bos and not self.bos:
             bos += " (the tokenizer would add it)"
-        return f"{self.num_windows} windows of {self.seq_len} tokens of {self.data}{stride}, {bos}"
+        dtype = "" if self.dtype == "float32" else f", {self.dtype}"
+        windows = f"{self.num_windows} windows of {self.seq_len} tokens of {self.data}"
+        return f"{windows}{stride}, {bos}{dtype}"
 
     @property
     def warning(self) -> str | None:
@@ -83,7 +87,7 @@ class Question:
     tokenizer_adds_bos: bool
     data: str
 
-    def answer(self, nats: float, num_predicted: int) -> Perplexity:
+    def answer(self, nats: float, num_predicted: int, *, dtype: torch.dtype) -> Perplexity:
         """Return the perplexity of a model whose loss summed to `nats`."""
         return Perplexity(
             value=of_loss(nats, num_predicted),
@@ -94,6 +98,7 @@ class Question:
             data=self.data,
             stride=self.stride,
             tokenizer_adds_bos=self.tokenizer_adds_bos,
+            dtype=str(dtype).removeprefix("torch."),
         )
 
 

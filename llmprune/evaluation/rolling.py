@@ -27,6 +27,7 @@ class RollingPerplexity:
     seq_len: int
     prefix: str
     data: str
+    dtype: str = "float32"
 
     def __str__(self) -> str:
         return (
@@ -40,7 +41,7 @@ class RollingPerplexity:
         return (
             f"all {self.num_tokens} tokens of {self.data} predicted once in {self.num_windows} "
             f"rolling windows of {self.seq_len}, the first after {self.prefix}; {self.num_words} "
-            f"words, {self.num_bytes} bytes"
+            f"words, {self.num_bytes} bytes{'' if self.dtype == 'float32' else f', {self.dtype}'}"
         )
 
 

@@ -83,6 +83,11 @@ def _is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
+def _words(path: Path) -> str:
+    """Return a file as text, whatever is in it; lm_eval itself says what is wrong with it."""
+    return path.read_text("utf-8", errors="replace")
+
+
 def _manager(wanted: Iterable[str], folder: Path | None) -> Any:
     """Return lm_eval's index of tasks, the smallest that knows all names."""
     from lm_eval.tasks import TaskManager
@@ -91,7 +96,7 @@ def _manager(wanted: Iterable[str], folder: Path | None) -> Any:
     for name in wanted:
         if _is_file(name):
             path = Path(name).expanduser()
-            complete = path.is_file() and not re.search(r"^group:", path.read_text("utf-8"), re.M)
+            complete = path.is_file() and not re.search(r"^group:", _words(path), re.M)
         else:
             found = own.match_tasks([name])
             complete = bool(found) and not set(found) & set(own.all_groups)

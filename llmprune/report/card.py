@@ -180,7 +180,7 @@ def _calibration(data: Mapping[str, Any]) -> str:
         text += f": {', '.join(names)}"
     else:
         text += f" that were given in Python ({record['data']}), which the command does not know"
-    if any(re.search(r"\.(txt|jsonl|parquet)$", one["data"]) for one in record["texts"]):
+    if any("repo" not in one and one["data"] != "demo" for one in record["texts"]):
         text += "; files are not part of this repository"
     experts = coverage_line(data)
     return f"{text}. Experts: {experts}." if experts else f"{text}."

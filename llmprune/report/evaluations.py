@@ -63,14 +63,22 @@ def _tokens(entry: Mapping[str, Any], dense: float | None = None) -> Measured:
     stride = f", stride {entry['stride']}" if entry.get("stride") else ""
     bos = "BOS first" if entry.get("bos") else "no BOS"
     protocol = f"{entry['num_windows']} windows of {entry['seq_len']} tokens{stride}, {bos}"
+    protocol += _unusual(entry)
     data = str(entry["data"])
     return Measured(f"perplexity of {data}", "perplexity", data, protocol, entry["value"], dense)
+
+
+def _unusual(entry: Mapping[str, Any]) -> str:
+    """Return the dtype that was computed in, where it is not float32."""
+    dtype = entry.get("dtype", "float32")
+    return "" if dtype == "float32" else f", {dtype}"
 
 
 def _rolling(entry: Mapping[str, Any]) -> Iterator[Measured]:
     """Yield what a whole text measured by word and by byte says."""
     data = str(entry["data"])
     protocol = f"every token once, windows of {entry['seq_len']} tokens after `{entry['prefix']}`"
+    protocol += _unusual(entry)
     for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         what = f"{metric.replace('_', ' ')} of {data}"
         yield Measured(what, metric, data, protocol, entry[metric])

@@ -32,6 +32,11 @@ def told_by_hub(repo: str, user: str | None = None) -> Iterator[None]:
         raise
     except LocalTokenNotFoundError:
         raise CheckpointError(f"no token for the Hub: to push to {repo}, {LOG_IN}.") from None
+    except UnicodeEncodeError:  # of the header that carries it
+        raise CheckpointError(
+            f"the token for the Hub holds a character that no token has. To push to {repo}, "
+            f"{LOG_IN}."
+        ) from None
     except OfflineModeIsEnabled:
         raise CheckpointError(
             f"HF_HUB_OFFLINE is set, and a push to {repo} needs the Hub. Unset it, and run this "

@@ -87,6 +87,6 @@ def _front_matter(folder: Path) -> dict[str, Any]:
     found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
         content = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date, for one, that there is not
         return {}
     return content if isinstance(content, dict) else {}

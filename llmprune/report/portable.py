@@ -15,6 +15,7 @@ _IN_TEXT = re.compile(
         ([^\s"'`<>|:*?(),;\\/]+)[/\\]?    # what is kept: the last name""",
     re.VERBOSE,
 )
+_SEVERAL = re.compile(r"[:;,]\s|\n|,(?=[/~]|[A-Za-z]:[/\\])")  # a sentence, or paths of a mix
 _PATH_KEY = re.compile(r"(path|dir|file|folder|checkpoint)$")
 
 
@@ -77,7 +78,7 @@ def _clean(value: Any, known: list[str]) -> Any:
         return [_clean(inner, known) for inner in value]
     if not isinstance(value, str):
         return value
-    if is_place(value) and not re.search(r"[:;,]\s|\n", value):  # not a sentence
+    if is_place(value) and not _SEVERAL.search(value):
         return last_name(value)
     for place in known:
         short = last_name(place).replace("\\", r"\\")

@@ -7,6 +7,7 @@ of ours ever holds a token.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,8 @@ def pack(folder: str | Path, repo: str, *, base_model: str | None = None) -> Pac
 
     Raises:
         RecipeError: the name of the repository or of the base model is none.
-        CheckpointError: the folder is no finished result, or a file of it is missing or damaged.
+        CheckpointError: the folder is no finished result, a file of it is missing or damaged, or
+            one holds a token.
     """
     _check_name("repo", repo)
     if base_model is not None:
@@ -78,6 +80,7 @@ def pack(folder: str | Path, repo: str, *, base_model: str | None = None) -> Pac
     }
     texts = {f"{OWN}/{name}": _json(record) for name, record in records.items()}
     texts |= _cleaned(files, places)
+    _check_no_token(files, texts)
     texts[CARD] = card_text(
         home,
         records["report.json"],
@@ -233,13 +236,34 @@ def _side_files(home: Path) -> set[str]:
 def _places(home: Path, run: Mapping[str, Any]) -> list[str | Path]:
     """Return the paths that the records of a run may hold."""
     wish = run.get("wish", {})
-    named = [wish.get("model"), wish.get("calibration", {}).get("data")]
+    named = [wish.get("model")]
     texts = ((run.get("text") or {}).get("record") or {}).get("texts", ())
-    named += [text.get("data") for text in texts]
+    named += [text.get("data") for text in texts] or [wish.get("calibration", {}).get("data")]
     named += [step["evaluate"].get("data") for step in wish.get("steps", ()) if "evaluate" in step]
     for key in ("source", "origin"):
         named += [run.get(key, {}).get("folder"), run.get(key, {}).get("name")]
     return [home, *(text for text in named if isinstance(text, str) and text)]
+
+
+def _check_no_token(files: Mapping[str, Path], texts: dict[str, bytes]) -> None:
+    """Check that no file but the weights holds a token of the Hub.
+
+    Raises:
+        CheckpointError: one does; says which.
+    """
+    from huggingface_hub import get_token
+
+    own = re.escape((get_token() or "").encode())
+    token = re.compile(rb"hf_[A-Za-z0-9]{30,}" + (b"|" + own if own else b""))
+    small = (name for name in files if not name.endswith(".safetensors"))
+    contents = {name: files[name].read_bytes() for name in small if name not in texts} | texts
+    for name, content in contents.items():
+        if token.search(content):
+            raise CheckpointError(
+                f"{name} holds a token of the Hub, which everybody who reads it could use. Take it "
+                "out of the file, make a new one at huggingface.co/settings/tokens, and run this "
+                "again. Nothing was sent."
+            )
 
 
 def _cleaned(files: Mapping[str, Path], places: list[str | Path]) -> dict[str, bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmprune import __version__
 from llmprune.base.errors import CheckpointError
 from llmprune.base.memory import anonymous_bytes
+from llmprune.checkpoint.source import read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ class Report:
         """Read the report of a result.
 
         Raises:
-            CheckpointError: the folder was not written by llmprune.
+            CheckpointError: the folder was not written by llmprune, or its report is damaged.
         """
         path = Path(folder) / "llmprune" / "report.json"
         if not path.exists():
@@ -43,7 +43,7 @@ class Report:
                 f"{folder} has no llmprune/report.json, so it is not a finished result of "
                 "llmprune. Prune a model first: llmprune --model MODEL --sparsity 0.5 --out DIR."
             )
-        return cls(json.loads(path.read_text(encoding="utf-8")))
+        return cls(read_json(path))
 
     @property
     def out(self) -> Path | None:

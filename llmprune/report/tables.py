@@ -66,7 +66,9 @@ def _perplexity(quality: Mapping[str, Any] | None) -> str:
 
 def _unlike_the_papers(found: Mapping[str, Any]) -> str:
     stride = f", stride {found['stride']}" if found.get("stride") else ""
-    return f"{stride}, BOS first" if found["bos"] else stride
+    bos = ", BOS first" if found["bos"] else ""
+    dtype = found.get("dtype", "float32")
+    return f"{stride}{bos}" + ("" if dtype == "float32" else f", {dtype}")
 
 
 def _experts(data: Mapping[str, Any]) -> str:

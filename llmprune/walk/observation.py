@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune.arch.anatomy import Anatomy
+from llmprune.arch.anatomy import EXPERT, Anatomy
 from llmprune.arch.products import Products, slices
 from llmprune.base.errors import NumericalError, UnsupportedModel
 from llmprune.calibration.replay import call
@@ -159,12 +159,15 @@ def _check_read(block: Block, stats: Mapping[str, Stats], counts: Counter[str]) 
 
     `counts` says how often the first micro-batch read every tap, also those of other rounds.
     """
-    any_expert = any(
-        counts[tap.name] and block.anatomy.linears[tap.readers[0]].expert is not None
-        for tap in block.anatomy.taps
-    )
+    readers = {tap.name: block.anatomy.linears[tap.readers[0]] for tap in block.anatomy.taps}
+    experts = {
+        tap
+        for tap, linear in readers.items()
+        if linear.expert is not None or EXPERT.search(linear.name)
+    }
+    any_expert = any(counts[tap] for tap in experts)
     for tap in block.anatomy.taps:
-        routed = block.anatomy.linears[tap.readers[0]].expert is not None and any_expert
+        routed = tap.name in experts and any_expert
         if tap.name in stats and not stats[tap.name].num_tokens and not routed:
             raise UnsupportedModel(
                 f"tap {tap.name!r} of block {block.index} was never read: this transformers "

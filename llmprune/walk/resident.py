@@ -11,7 +11,7 @@ from llmprune.arch.anatomy import Anatomy, anatomy_of
 from llmprune.arch.probe import find_family
 from llmprune.arch.types import Family
 from llmprune.base.errors import UnsupportedModel
-from llmprune.checkpoint.skeleton import use_eager_experts
+from llmprune.checkpoint.skeleton import check_blocks, use_eager_experts
 from llmprune.walk.block import Block
 
 if TYPE_CHECKING:
@@ -71,10 +71,11 @@ def in_memory(model: Any) -> Iterator[Resident]:
     """Open a model in memory for pruning; mode, experts and cache settings come back at the end.
 
     Raises:
-        UnsupportedModel: the model's family is not known.
+        UnsupportedModel: the model's family is not known, or its blocks are not what it says.
     """
     check_resident(model)
     family = find_family(model.config)
+    check_blocks(model, family)
     modes = {module: module.training for module in model.modules()}
     experts = getattr(model.config, "_experts_implementation", None)
     use_eager_experts(model)

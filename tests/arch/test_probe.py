@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from llmprune.arch.anatomy import Anatomy, anatomy_of, left_out
+from llmprune.arch.anatomy import Anatomy, anatomy_of, is_router, left_out
 from llmprune.arch.miniature import SEQ_LEN, miniature_model
 from llmprune.arch.probe import family_of_model, find_family, probe_family
 from llmprune.arch.table import FAMILIES, row_of
@@ -112,7 +112,7 @@ def test_a_weight_that_is_no_right_operand_is_left_out() -> None:
     model = miniature_model(config)
     shapes = {name: tuple(p.shape) for name, p in model.backbone.layers[0].named_parameters()}
     rest = left_out(anatomies(probe_family(config), model)[0], shapes)
-    assert rest["mixer.dt_proj.weight"] == "not multiplied as a matrix"
+    assert rest["mixer.dt_proj.weight"] == "no product with it is watched"
     assert rest["mixer.conv1d.weight"] == "convolution"
     assert rest["mixer.D"] == rest["norm.weight"] == "norm, bias or scale"
 
@@ -158,3 +158,64 @@ def test_a_model_that_wants_other_inputs_is_refused() -> None:
 def test_a_config_that_cannot_be_shrunk_is_refused_with_its_reason() -> None:
     with pytest.raises(UnsupportedModel, match=r"no miniature of 'reformer'.*is_decoder"):
         find_family(AutoConfig.for_model("reformer"))
+
+
+class Lists(nn.Module):
+    """Blocks in as many lists as there are widths, one list after the other."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.config = AutoConfig.for_model("llama", vocab_size=64)
+        self.embed = nn.Embedding(64, 8)
+        for index, width in enumerate(widths):
+            pairs = (nn.Sequential(nn.Linear(8, width), nn.Linear(width, 8)) for _ in range(2))
+            self.add_module(f"part{index}", nn.ModuleList(pairs))
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        hidden: torch.Tensor = self.embed(input_ids)
+        for part in list(self.children())[1:]:
+            assert isinstance(part, nn.ModuleList)
+            for block in part:
+                hidden = block(hidden)
+        return hidden
+
+
+def test_blocks_in_two_lists_are_refused() -> None:
+    assert family_of_model(Lists(32)).blocks == "part0"
+    with pytest.raises(UnsupportedModel, match=r"more than one list: part1 and part0\."):
+        family_of_model(Lists(16, 32))
+
+
+class Gated(nn.Module):
+    """A block with a gate in its attention and, if asked for, a router beside experts."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("gate", "gate_proj")})
+        self.mlp = nn.ModuleDict({"gate": nn.Linear(8, num_experts)})
+        if num_experts:
+            self.mlp["experts"] = nn.ModuleList(nn.Linear(8, 8) for _ in range(num_experts))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden + self.attn["gate_proj"](hidden) * self.attn["gate"](hidden).sigmoid()
+        shares = self.mlp["gate"](hidden).softmax(-1)
+        for index, expert in enumerate(self.mlp["experts"]):
+            hidden = hidden + shares[..., index, None] * expert(hidden)
+        return hidden
+
+
+def test_a_gate_is_a_router_beside_experts_alone() -> None:
+    model = Lists(8)
+    model.part0 = nn.ModuleList(Gated(num_experts=3) for _ in range(2))
+    family = family_of_model(model)
+    readers = {tap.readers for tap in family.taps}
+    assert ("attn.gate_proj", "attn.gate") in readers
+    assert ("mlp.experts.{expert}",) in readers and len(readers) == 2
+    shapes = {name: tuple(value.shape) for name, value in model.part0[0].named_parameters()}
+    rest = left_out(anatomy_of(family, shapes), shapes)
+    assert {name for name, why in rest.items() if why == "router"} == {"mlp.gate.weight"}
+
+
+@pytest.mark.parametrize("name", ["mlp.router.layer.weight", "altup.modality_router.weight"])
+def test_a_router_is_known_by_its_name(name: str) -> None:
+    assert is_router(name, {name: (4, 32)})

@@ -124,6 +124,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], int]] = {
          "sliding_window": 128},
         24 * (2 * 4096 * 2880 + 2 * 512 * 2880 + 32 * 3 * 2880 * 2880),
     ),
+    "recurrentgemma-2b": (
+        "recurrent_gemma",
+        {"vocab_size": 256000, "hidden_size": 2560, "intermediate_size": 15360, "lru_width": 2560,
+         "num_hidden_layers": 26, "num_attention_heads": 10, "num_key_value_heads": 1,
+         "block_types": ["recurrent", "recurrent", "attention"]},
+        18 * (3 * 2560 * 2560 + 2 * 10 * 256 * 256) + 8 * (2 * 2560 * 2560 + 2 * 256 * 2560)
+        + 26 * (3 * 2560 * 7680),
+    ),
     "bamba-9b": (
         "bamba",
         {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,

@@ -11,10 +11,11 @@ import pytest
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from llmprune.base.errors import RecipeError
-from llmprune.calibration.chat import messages_of, pair_text
+from llmprune.calibration.chat import Chats, messages_of
 from llmprune.calibration.documents import open_text
+from llmprune.calibration.mix import read_windows
 from llmprune.calibration.windows import tokenize_windows
-from llmprune.recipe import Portion
+from llmprune.recipe import Portion, build
 from tests.conftest import pico_tokenizer
 
 ASKED = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
@@ -37,7 +38,7 @@ def chatty() -> PreTrainedTokenizerFast:
 
 def documents(path: Path, rows: list[dict[str, Any]], tokenizer: Any, **part: str) -> list[str]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return list(open_text(Portion(data=str(path), **part)).documents(0, tokenizer))
+    return list(open_text(Portion(data=str(path), **part)).documents(0, Chats(tokenizer)))
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,19 @@ def documents(path: Path, rows: list[dict[str, Any]], tokenizer: Any, **part: st
         (SHARED, ASKED),
         ({"role": ["user"], "content": ["hello"]}, ASKED[:1]),
         ([{"role": "tool", "content": None}], [{"role": "tool", "content": ""}]),
+        (
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}],
+                }
+            ],
+            ASKED[:1],
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [1], "name": None}],
+            [{"role": "assistant", "content": "", "tool_calls": [1]}],
+        ),
         ([], None),
         ("hello", None),
         (["hello"], None),
@@ -83,13 +97,54 @@ def test_conversations_that_the_template_refuses_are_left_out(chatty: Any, tmp_p
     refused = [{"role": "critic", "content": "no"}]
     rows = [{"messages": refused}, {"messages": ASKED}]
     assert documents(tmp_path / "a.jsonl", rows, chatty) == [RENDERED]
-    with pytest.raises(RecipeError, match="no text in it"):
+    with pytest.raises(
+        RecipeError, match=r"^calibration\.data: none of .* template: no such role\."
+    ):
         documents(tmp_path / "b.jsonl", [{"messages": refused}], chatty)
 
 
+def test_those_left_out_are_counted_and_the_reason_is_said(chatty: Any, tmp_path: Path) -> None:
+    picture = [{"role": "user", "content": [{"type": "image", "url": "x"}]}]
+    rows = [{"messages": ASKED}] * 6 + [{"messages": picture}] * 2
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    calibration = {"data": str(path), "num_samples": 4}
+    steps = [{"prune": {"sparsity": 0.5}}]
+    recipe = build({"model": "owner/name", "steps": steps, "calibration": calibration})
+    (notice,) = read_windows(recipe, chatty, seq_len=16).notices
+    assert "leaves out 2 of 8 conversations" in notice and "is list, not text" in notice
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content + 3 }}", "{{ 1 / 0 }}", "{% if"])
+def test_a_template_that_fails_is_told_from_a_text_that_is_empty(
+    template: str, tmp_path: Path
+) -> None:
+    tokenizer = pico_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(RecipeError, match="can be written with this tokenizer's chat template"):
+        documents(tmp_path / "a.jsonl", [{"messages": ASKED}], tokenizer)
+
+
+def test_a_template_that_refuses_all_does_not_read_all(chatty: Any) -> None:
+    chats, refused = Chats(chatty), [{"role": "critic", "content": "no"}]
+    for _ in range(99):
+        assert chats.text(refused, what="it", key="k") is None
+    with pytest.raises(RecipeError, match="none of the first 100 conversations of it"):
+        chats.text(refused, what="it", key="k")
+    chats = Chats(chatty)
+    chats.text(ASKED, what="it", key="k")
+    assert [chats.text(refused, what="it", key="k") for _ in range(200)] == [None] * 200
+
+
+def test_a_conversation_without_messages_is_no_text(chatty: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "messages": value} for value in ([], ASKED, [])]
+    assert documents(tmp_path / "a.jsonl", rows, chatty) == [RENDERED]
+
+
 def test_a_question_and_its_answer_are_a_chat_where_there_is_a_template(chatty: Any) -> None:
-    assert pair_text("hello", "good day", chatty) == RENDERED
-    assert pair_text("hello", "good day", pico_tokenizer()) == "hello\n\ngood day"
+    place = {"what": "it", "key": "calibration.data"}
+    assert Chats(chatty).pair("hello", "good day", **place) == RENDERED
+    assert Chats(pico_tokenizer()).pair("hello", "good day", **place) == "hello\n\ngood day"
 
 
 @pytest.mark.parametrize("bos", [False, True])

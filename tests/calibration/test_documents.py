@@ -11,7 +11,10 @@ import pytest
 
 from llmprune.base.errors import RecipeError, UnknownName
 from llmprune.calibration.documents import open_text, read_documents
+from llmprune.calibration.files import local_files
 from llmprune.calibration.heldout import evaluation_text
+from llmprune.calibration.selection import place_of
+from llmprune.calibration.windows import token_ids
 from llmprune.recipe import Portion
 
 ROWS = [{"text": f"Document number {i}.", "id": i, "note": "x"} for i in range(5)]
@@ -131,3 +134,31 @@ def test_a_question_and_its_answer_are_one_document(tmp_path: Path) -> None:
     rows = [{"instruction": "Add.", "input": "1 + 1", "output": "2", "source": "x"}]
     path = write_table(tmp_path / "a.jsonl", rows)
     assert list(read_documents(path, seed=0)) == ["Add.\n\n1 + 1\n\n2"]
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a" * 300 + "/b", "x" * 300 + ".txt", "[a]" * 2000])
+def test_a_name_too_long_for_a_file_is_no_file(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"^calibration\.data: "):
+        local_files(name, "calibration.data")
+    assert place_of(name) in ("local", "hub")
+
+
+def test_what_is_there_but_no_file_is_not_its_own_near_match(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").symlink_to("nowhere")
+    with pytest.raises(UnknownName, match="a link to nothing") as raised:
+        next(read_documents(str(tmp_path / "a.txt"), seed=0))
+    assert "Did you mean" not in str(raised.value)
+
+
+def test_half_a_character_is_shown(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "before \\ud800 after"}\n', encoding="utf-8")
+    (text,) = read_documents(str(path), seed=0)
+    with pytest.raises(RecipeError, match=r"half a character .* at 'before \\ud800'"):
+        token_ids(text, tokenizer)
+
+
+@pytest.mark.parametrize("data", ["", " ", None, ["a"]])
+def test_evaluation_text_has_a_name(data: Any) -> None:
+    with pytest.raises(RecipeError, match=r"^evaluate\.data: .* names no text\. Give demo"):
+        evaluation_text(data)

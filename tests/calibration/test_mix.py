@@ -92,3 +92,12 @@ def test_the_hash_of_a_wish_follows_all_that_decides_windows(tmp_path: Path) -> 
     (tmp_path / "tokenizer.json").write_text("{} ")
     others.append(wish_hash(recipe("c4"), 16, tmp_path))
     assert len({first, *others}) == len(others) + 1
+
+
+def test_the_hash_of_a_wish_follows_the_files_of_a_mix(tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("some words")
+    first = wish_hash(recipe(f"c4,{own}"), 16, tmp_path)
+    assert wish_hash(recipe(f"c4,{own}"), 16, tmp_path) == first
+    own.write_text("some other words")
+    assert wish_hash(recipe(f"c4,{own}"), 16, tmp_path) != first

@@ -64,6 +64,7 @@ def test_defaults_follow_the_model_and_the_text(
         ("c4:2", [("c4", 2)]),
         (r"C:\texts\own.txt", [(r"C:\texts\own.txt", 1)]),
         (r"C:\texts\own.txt:2,c4:1", [(r"C:\texts\own.txt", 2), ("c4", 1)]),
+        ("c4:" + "9" * 400 + ",demo", [("c4:" + "9" * 400, 1), ("demo", 1)]),
         ("hub:owner/name:2,demo", [("hub:owner/name", 2), ("demo", 1)]),
         ([{"data": "c4", "weight": 3}, "ultrachat"], [("c4", 3), ("ultrachat", 1)]),
     ],

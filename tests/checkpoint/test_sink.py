@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmprune.base.errors import CheckpointError, TooLarge
+from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.sink import (
     copy_side_files,
     hash_file,
@@ -140,3 +142,23 @@ def test_small_files_travel_and_weights_and_code_of_others_do_not(tmp_path: Path
     copy_side_files(source, out)
     assert (out / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
     assert sorted(path.name for path in out.iterdir() if path.is_file()) == sorted(kept)
+
+
+def test_a_link_out_of_a_checkpoint_is_refused(pico: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(pico("llama"), tmp_path / "model")
+    (tmp_path / "secret").write_text("mine", encoding="utf-8")
+    (tmp_path / "model" / "added_tokens.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json is a link that leads out"):
+        open_source(str(tmp_path / "model"))
+
+
+def test_a_snapshot_of_the_hub_s_cache_links_to_its_blobs(
+    pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "models--me--x" / "snapshots" / "abc"
+    shutil.copytree(pico("llama"), snapshot)
+    blob = tmp_path / "models--me--x" / "blobs" / "123"
+    blob.parent.mkdir()
+    (snapshot / "tokenizer.json").rename(blob)
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/123")
+    assert open_source(str(snapshot)).folder == snapshot

@@ -156,3 +156,23 @@ def test_an_attention_that_does_not_exist_is_refused(pico: Pico) -> None:
     config = read_config(pico("llama"))
     with pytest.raises(UnsupportedModel, match="cannot build llama"):
         build_skeleton(config, dtype=torch.float32, attention="flash_attention_2")
+
+
+def test_a_family_of_transformers_needs_none_of_the_code_that_a_repository_brings(
+    pico: Pico, tmp_path: Path
+) -> None:
+    """Repositories older than their family's place in transformers keep their first code."""
+    folder = tmp_path / "model"
+    shutil.copytree(pico("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    for name in ("configuration_old", "modeling_old"):
+        (folder / f"{name}.py").write_text(code)
+    config["auto_map"] = {
+        "AutoConfig": "configuration_old.Config",
+        "AutoModelForCausalLM": "modeling_old.Model",
+    }
+    write_config(folder, config)
+    found = build_skeleton(read_config(folder), dtype=torch.float32)
+    assert type(found.model).__name__ == "LlamaForCausalLM"
+    assert not (tmp_path / "ran").exists()

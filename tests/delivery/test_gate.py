@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from llmprune.api import prune
 from llmprune.base.errors import CheckpointError, WontLoad
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.source import INDEX
+from llmprune.delivery import stock as stock_script
 from llmprune.delivery.gate import Verdict, clean_scratch, gate_tokens, pass_gate
 
 Pico = Callable[..., Path]
@@ -216,3 +219,64 @@ def test_scratch_of_a_killed_gate_is_cleaned(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     clean_scratch(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_logits_that_are_no_numbers_prove_nothing(copied: Path, quick_gate: None) -> None:
+    edit_shard_of(copied, "model.norm.weight", lambda t: t["model.norm.weight"].fill_(float("nan")))
+    with pytest.raises(WontLoad, match="its logits are NaN or infinite, so nothing is proven"):
+        gate(copied)
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, *faults: str | None) -> list[bool]:
+    """Let the stock script meet these faults, one per start; return how it was told to load."""
+    told: list[bool] = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        told.append(json.loads(Path(command[2]).read_text())["on_disk"])
+        fault = faults[len(told) - 1]
+        if fault == "fails":
+            return subprocess.CompletedProcess(command, 1, "", "NotImplementedError: meta")
+        stock_script.main(command[2])
+        if fault == "differs":
+            path = Path(command[2]).parent / "stock.safetensors"
+            save_file({"logits": load_file(path)["logits"] + 1.0}, path)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("llmprune.delivery.gate.subprocess.run", run)
+    return told
+
+
+@pytest.mark.parametrize("fault", ["fails", "differs"])
+def test_a_model_that_cannot_leave_its_weights_on_disk_is_loaded_whole(
+    fault: str, pico: Pico, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = answers(monkeypatch, fault, None)
+    assert gate(pico("llama")).agreement.passed
+    assert told == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("faults", "words"),
+    [
+        (("fails", "fails"), "does not load with from_pretrained: NotImplementedError: meta"),
+        (("differs", "differs"), "its logits differ"),
+        (("differs", "fails"), "its logits differ"),
+    ],
+)
+def test_what_is_wrong_in_both_ways_is_refused(
+    faults: tuple[str, str], words: str, pico: Pico, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = answers(monkeypatch, *faults)
+    with pytest.raises(WontLoad, match=words):
+        gate(pico("llama"))
+    assert told == [True, False]
+
+
+def test_a_model_larger_than_memory_is_not_loaded_whole(
+    pico: Pico, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = answers(monkeypatch, "fails")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(WontLoad, match="does not load"):
+        gate(pico("llama"))
+    assert told == [True]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmprune import api
 from llmprune.api import make_recipe
@@ -62,6 +63,29 @@ def test_a_resumed_run_takes_the_windows_that_were_kept(
     assert asked == ["c4", "c4"]
 
 
+@pytest.mark.parametrize("damage", ["cut", "another", "no tokens", "gone"])
+def test_kept_windows_that_are_damaged_are_read_anew(
+    damage: str, wish: dict[str, Any], asked: list[str], tmp_path: Path
+) -> None:
+    opened, records = open_plan(make_recipe(**wish)), Records(out=tmp_path / "out")
+    first = text_of(opened, records)
+    first.keep(records)
+    (path,) = records.partial.rglob("tokens.safetensors")
+    if damage == "cut":
+        path.write_bytes(b"cut")
+    elif damage == "another":
+        save_file({"tokens": torch.zeros(2, 8, dtype=torch.long)}, path)
+    elif damage == "no tokens":
+        save_file({"x": torch.zeros(2)}, path)
+    else:
+        path.unlink()
+    again = text_of(opened, records, before=first.fixes)
+    assert asked == ["c4", "c4"]
+    assert again.tokens is not None and again.hash == token_hash(again.tokens)
+    again.keep(records)
+    assert torch.equal(load_file(path)["tokens"], again.tokens)
+
+
 def test_a_finished_result_needs_the_hash_only(
     wish: dict[str, Any], asked: list[str], tmp_path: Path
 ) -> None:
@@ -106,6 +130,7 @@ def test_text_seen_before_is_warned_of(capsys: pytest.CaptureFixture[str]) -> No
     assert progress.warnings == []
     assert leaked_share(text[:2], text, progress) == 0.02
     assert "2.0 % of the evaluation text" in capsys.readouterr().err
+    assert leaked_share(text[:, :31], text, progress) is None  # shorter than what is compared
     assert leaked_share(None, text, progress) is leaked_share(text, None, progress) is None
 
 

@@ -73,13 +73,13 @@ def masks_of(folder: Path | None) -> dict[str, Tensor]:
     return MaskFiles(folder).of_block("")
 
 
-def halved(folder: Path, target: Path) -> Path:
-    """Copy a checkpoint as bfloat16."""
+def halved(folder: Path, target: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Copy a checkpoint in another dtype."""
     target.mkdir()
     for path in folder.iterdir():
         if path.name != SINGLE:
             (target / path.name).write_bytes(path.read_bytes())
-    tensors = {name: value.bfloat16() for name, value in load_file(folder / SINGLE).items()}
+    tensors = {name: value.to(dtype) for name, value in load_file(folder / SINGLE).items()}
     save_file(tensors, target / SINGLE, metadata={"format": "pt"})
     return target
 
@@ -153,16 +153,26 @@ def test_masks_are_nested_when_more_is_asked(pico: Pico, prune: Prune) -> None:
     assert not any(bool((many[name] & ~few[name]).any()) for name in few)
 
 
-def test_bfloat16_is_read_once_and_relative_scores_twice(
-    pico: Pico, prune: Prune, tmp_path: Path, names: list[str]
-) -> None:
-    folder = halved(pico("llama"), tmp_path / "model")
-    assert api.plan(str(folder), method="magnitude-global", sparsity=0.5).estimate.num_reads == 2
-    prune(folder, "global")
-    assert names == ["survey"]
-    assert api.plan(str(folder), method="lamp", sparsity=0.5).estimate.num_reads == 3
-    prune(folder, "lamp", method="lamp")
-    assert names == ["survey", "survey", "second look"]
+@pytest.mark.parametrize(
+    ("stored", "wishes", "num_looks"),
+    [
+        (torch.bfloat16, {}, 1),
+        (torch.bfloat16, {"method": "lamp"}, 2),
+        (torch.bfloat16, {"pattern": "4x4"}, 2),
+        (torch.float16, {}, 2),
+        (torch.float32, {}, 2),
+    ],
+)
+def test_all_weights_are_read_as_often_as_the_plan_says(
+    stored: torch.dtype, wishes: dict[str, Any], num_looks: int,
+    pico: Pico, prune: Prune, tmp_path: Path, names: list[str],
+) -> None:  # fmt: skip
+    """Once where magnitudes fill the bins of the first look, which bfloat16 does."""
+    folder = halved(pico("llama"), tmp_path / "model", stored)
+    wishes = {"method": "magnitude-global", "sparsity": 0.5} | wishes
+    assert api.plan(str(folder), **wishes).estimate.num_reads == 1 + num_looks
+    prune(folder, **wishes)
+    assert names == ["survey", "second look"][:num_looks]
 
 
 @pytest.mark.parametrize("method", ["magnitude-global", "lamp", "random"])

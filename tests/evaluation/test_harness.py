@@ -83,12 +83,19 @@ def test_a_model_without_records_stands_alone(
     own.write_text(Path(CLOZE).read_text().replace("demo_cloze.jsonl", "rows.jsonl"))
     named = evaluate(str(folder), str(own), device="cpu")
     model = stock(folder).train()
-    held = evaluate(model, str(own), tokenizer)
+    held = evaluate(model, own, tokenizer)
     assert named.models == {"model": str(folder)} and held.models == {"model": "in memory"}
     assert named.scores == held.scores
     assert model.training and tokenizer.pad_token is None
     with pytest.raises(RecipeError, match="pass the model's tokenizer"):
         evaluate(model, str(own))
+    (tmp_path / "rows.jsonl").write_text(
+        '{"context": "ab", "choices": ["cd"], "label": 0}\n'
+        '{"context": "ab", "choices": [], "label": 0}\n'
+    )
+    with pytest.raises(RecipeError, match=r"^tasks: lm_eval stopped .*An item may lack"):
+        evaluate(model, own, tokenizer)
+    assert model.training
 
 
 def test_a_dense_model_that_is_gone_or_changed_is_said(result: Path, tmp_path: Path) -> None:
@@ -123,6 +130,8 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_read(
     [
         ({"limit": 0}, "limit: 0 measures nothing"),
         ({"batch_size": 0}, "batch_size: 0 measures nothing"),
+        ({"num_fewshot": -1}, "num_fewshot: -1 examples cannot be shown"),
+        ({"limit": 1, "num_fewshot": 500}, "lm_eval stopped .*--num-fewshot"),
         ({"limit": 1, "apply_chat_template": True}, "this tokenizer has no chat template"),
     ],
 )
@@ -166,6 +175,8 @@ def test_the_command_prints_tables_and_json(
     assert code == 0 and "by word" in out
     code, _, err = run("demo", "--rolling", "--stride", 3)
     assert code == 2 and "rolling: scores the whole text" in err
+    code, _, err = run("demo", "--perplexity", "")
+    assert code == 2 and "perplexity: '' names no text" in err
     code, _, err = run("demo", "--bos", "maybe", "--num-windows", 1)
     assert code == 2 and "auto, true, false" in err
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmprune.api import perplexity
+from llmprune.api import perplexity, prune
 from llmprune.base.errors import NumericalError, RecipeError
 from llmprune.evaluation.perplexity import Perplexity, of_blocks, of_model
 from llmprune.evaluation.windows import cut_windows
@@ -130,6 +130,15 @@ def test_it_says_what_it_was_measured_on() -> None:
     )
 
 
+def test_the_dtype_is_named_where_it_is_not_float32(pico: Pico, text_file: Path) -> None:
+    options: dict[str, Any] = {"seq_len": 24, "num_windows": 2, "device": "cpu"}
+    found = perplexity(pico("llama"), data=text_file, dtype="bfloat16", **options)
+    assert str(found).endswith("no BOS, bfloat16)") and found.data == str(text_file)
+    assert str(perplexity(pico("llama"), data=text_file, **options)).endswith("no BOS)")
+    with pytest.raises(RecipeError, match="micro_batch: 0 measures nothing"):
+        perplexity(pico("llama"), data=text_file, micro_batch=0, **options)
+
+
 def test_a_strange_value_without_the_bos_that_belongs_there_is_questioned() -> None:
     found = Perplexity(value=7e4, num_windows=3, seq_len=8, num_predicted=21, bos=False, data="x")
     assert found.warning is None
@@ -209,3 +218,28 @@ def test_windows_walked_in_groups_give_the_same(
     whole = of_blocks(blocks, windows, micro_batch=2)
     monkeypatch.setattr("llmprune.evaluation.perplexity.HIDDEN_BYTES", 1)
     assert of_blocks(blocks, windows, micro_batch=2) == pytest.approx(whole)
+
+
+def test_the_text_is_the_recipe_s_for_a_result_and_the_demo_s_for_the_demo(
+    pico: Callable[..., Path], tmp_path: Path, text_file: Path, quick_gate: None
+) -> None:
+    out = tmp_path / "out"
+    prune(
+        pico("llama"), sparsity=0.5, method="magnitude", out=out, quiet=True, seq_len=16,
+        settings=[f"evaluate.data={text_file}", "evaluate.perplexity=false"],
+    )  # fmt: skip
+    assert perplexity(out, seq_len=16, num_windows=2).data == str(text_file)
+    assert perplexity("demo", seq_len=16, num_windows=1).data == "demo"
+
+
+def test_the_text_of_other_models_is_wikitext2(
+    pico: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, make_model: Any, tokenizer: Any
+) -> None:
+    def read(data: str, **options: Any) -> str:
+        assert data == "wikitext2"
+        return "some words " * 20
+
+    monkeypatch.setattr("llmprune.measuring.evaluation_text", read)
+    assert perplexity(pico("llama"), seq_len=16, num_windows=1).data == "wikitext2"
+    found = perplexity(make_model("llama"), tokenizer, seq_len=16, num_windows=1)
+    assert found.data == "wikitext2"

@@ -146,3 +146,10 @@ def test_the_cloze_items_are_what_their_script_makes() -> None:
     shown = Counter(choice for item in items for choice in item["choices"])
     assert all(len(set(item["choices"])) == 4 for item in items)
     assert shown == {answer: 4 * count for answer, count in right.items()}
+
+
+def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match=r"own.yaml or its data cannot be read"):
+        open_tasks([str(path)])

@@ -73,12 +73,12 @@ def keep_of_tiles(score_OI: Tensor, height: int, width: int, num_pruned: int) ->
 def counts_of_lowest(
     scores: Mapping[str, Sequence[float]], num_pruned: int, spared: Mapping[str, int]
 ) -> dict[str, int]:
-    """Rank the scores of all sites in one list; the highest of each site are infinite."""
-    ranked = []
+    """Rank the scores of all sites in one list; the highest of each site come last."""
+    ranked: list[tuple[bool, float, int, int, str]] = []
     for place, (site, values) in enumerate(scores.items()):
         highest = sorted(range(len(values)), key=lambda index: (values[index], index))
         safe = set(highest[max(0, len(values) - spared[site]) :])
         for index, value in enumerate(values):
-            ranked.append((float("inf") if index in safe else value, place, index, site))
+            ranked.append((index in safe, value, place, index, site))
     pruned = [site for *_, site in sorted(ranked)[:num_pruned]]
     return {site: pruned.count(site) for site in scores}

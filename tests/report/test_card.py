@@ -187,3 +187,29 @@ def test_the_command_asks_for_the_same_recipe(
     with pytest.raises(SystemExit):
         cli.main(shlex.split(command_text(recipe.to_dict()))[1:])
     assert made == [recipe]
+
+
+def test_a_head_that_cannot_be_read_is_left_out(result: Result) -> None:
+    folder = result()
+    for head in ("released: 2024-13-45", "license: " + "[" * 5000, "license: [", "license: mit"):
+        (folder / "README.md").write_text(f"---\n{head}\n---\n", encoding="utf-8")
+        found = facts_of(pack(folder, "me/small").card)
+        assert found.get("license") == ("mit" if "mit" in head else None)
+
+
+def test_files_of_any_kind_are_said_not_to_travel(result: Result, tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(["some words to read " * 40]), encoding="utf-8")
+    folders = [result(calib=str(path)), result("gpt2", calib="demo")]
+    said = ["files are not part of this" in pack(each, "me/small").card for each in folders]
+    assert said == [True, False]
+
+
+def test_values_of_unequal_dtypes_do_not_stand_beside_each_other(result: Result) -> None:
+    folder = result()
+    one = {"value": 20.5, "num_windows": 3, "seq_len": 16, "bos": False, "data": "demo"}
+    change(folder, "report.json", perplexity={"dense": one, "pruned": one | {"value": 25.25}})
+    change(folder, "evaluations.json", perplexity=[one | {"value": 24.0, "dtype": "bfloat16"}])
+    card = pack(folder, "me/small").card
+    assert "| 3 windows of 16 tokens, no BOS | 20.500 | 25.250 |" in card
+    assert "| 3 windows of 16 tokens, no BOS, bfloat16 |  | 24.000 |" in card

@@ -78,3 +78,10 @@ def test_files_of_other_programs_lose_paths_but_not_tokens() -> None:
         "best_model_checkpoint": "run-1",
         "template": "x.jinja",
     }
+
+
+def test_a_mix_of_paths_keeps_every_name() -> None:
+    places = ["/home/me/x/a.jsonl", "/home/me/y y/b.jsonl"]
+    mix = f"{places[0]}:3,{places[1]}:1,c4:1"
+    assert without_places({"data": mix}, places) == {"data": "a.jsonl:3,b.jsonl:1,c4:1"}
+    assert without_places("/home/me/a.txt,~/b.txt") == "a.txt,b.txt"

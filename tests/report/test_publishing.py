@@ -70,6 +70,31 @@ def test_a_result_without_a_passed_gate_is_refused(result: Result) -> None:
         pack(folder, "me/small")
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_a_damaged_report_is_told(text: str, result: Result) -> None:
+    folder = result()
+    (folder / "llmprune" / "report.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"report\.json "):
+        pack(folder, "me/small")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "TOKENS", "config.json", "llmprune/report.json"])
+def test_a_file_with_a_token_stays(
+    name: str, result: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = result()
+    monkeypatch.setenv("HF_TOKEN", "own-token")
+    for token in ("hf_" + "a1B2" * 9, "own-token"):
+        before = (folder / name).read_text(encoding="utf-8") if (folder / name).exists() else "{}"
+        data = json.loads(before) | {"note": f"it is {token}."}
+        (folder / name).write_text(json.dumps(data), encoding="utf-8")
+        with pytest.raises(CheckpointError, match=f"{name} holds a token of the Hub") as raised:
+            pack(folder, "me/small")
+        assert token not in str(raised.value)
+        (folder / name).write_text(before, encoding="utf-8")
+    assert name in pack(folder, "me/small").sizes
+
+
 def test_a_missing_shard_is_told(result: Result) -> None:
     folder = result()
     (folder / "model-00001-of-00003.safetensors").unlink()

@@ -315,7 +315,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("is quantised (gptq)", "16-bit checkpoint"),
     ),
     "remote code": (
-        lambda f: edit_config(f, auto_map={"AutoConfig": "configuration.Odd"}),
+        lambda f: edit_config(f, model_type="odd", auto_map={"AutoConfig": "odd.Config"}),
         ("auto_map", "--trust-remote-code"),
     ),
     "vision tower": (
@@ -326,8 +326,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda f: (f / "config.json").write_text('{"model_type": "hrm_text"}'),
         ("HrmTextForCausalLM has no list of blocks", "model.H_module.layers"),
     ),
-    "family that wants a walk of its own": (
+    "family with attention and FFN in lists of their own": (
         lambda f: (f / "config.json").write_text('{"model_type": "xlm"}'),
+        ("more than one list", "transformer.ffns and transformer.attentions"),
+    ),
+    "family of other tensors": (
+        lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'),
         ("holds no tensor for", "transformers would fill it"),
     ),
     "unknown model type": (

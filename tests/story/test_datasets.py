@@ -358,7 +358,7 @@ def test_the_default_text_is_c4_and_the_report_says_so(story: Story) -> None:
     report = json.loads((story.home / "out/llmprune/report.json").read_text(encoding="utf-8"))
     assert report["calibration"]["texts"][0]["commit"] == COMMIT
     assert report["calibration"]["tokens"] == report["run"]["tokens"]
-    assert report["calibration"]["leak"] == 0
+    assert report["calibration"]["leak"] is None  # of windows too short to tell
     assert report["perplexity"]["dense"]["data"] == "wikitext2"
     assert not list((story.home / "out").rglob("tokens.safetensors"))
 

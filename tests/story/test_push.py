@@ -66,6 +66,7 @@ PLAN: dict[str, tuple[list[str], dict[str, tuple[int, str]]]] = {
     "foreign": (["me/foreign"], {}),
     "no token": (["me/new"], {}),
     "wrong token": (["me/new"], {}),
+    "odd token": (["me/new"], {}),
     "card": (["me/new"], {"validate-yaml": (400, ECHO)}),
     "forbidden": (["other/new"], {"repos/create": (403, ECHO), "api/models/other": (404, ECHO)}),
     "unwritable": (["me/new"], {"preupload": (403, ECHO)}),
@@ -150,6 +151,7 @@ def story(results: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     for name, (arguments, _) in PLAN.items():
         folder = first if name in ("first", "same") else other
         tokens = {"no token": {}, "wrong token": {"HF_TOKEN": "hf_" + "wrong"}}
+        tokens["odd token"] = {"HF_TOKEN": "hf_" + "wröng"}
         environment = tokens.get(name, {"HF_TOKEN": TOKEN})
         environment |= {"OFFLINE": "1"} if name == "offline" else {}
         commands.append((["push", str(folder), *arguments], environment))
@@ -281,6 +283,7 @@ def test_a_pull_request_leaves_main_as_it_is(story: Story) -> None:
         ("foreign", "holds a model that llmprune did not push (config.json)"),
         ("no token", "no token for the Hub"),
         ("wrong token", "does not know your token (401)"),
+        ("odd token", "the token for the Hub holds a character that no token has"),
         ("card", "does not accept the model card"),
         ("forbidden", "may not write to other/new (403): you are me"),
         ("unwritable", "may not write to me/new (403)"),
@@ -309,7 +312,7 @@ def test_no_output_holds_a_token(story: Story) -> None:
     assert any("..." in ended.err for ended in story.ended.values())
     for name, ended in story.ended.items():
         assert TOKEN not in ended.out + ended.err, name
-        assert "hf_wrong" not in ended.out + ended.err, name
+        assert "hf_wr" not in ended.out + ended.err, name
 
 
 def test_the_pushed_folder_is_not_changed(story: Story) -> None:

@@ -12,7 +12,7 @@ HOME = Path(llmprune.__file__).parent
 ROOMS = (
     "base", "recipe", "catalog", "arch", "stats", "score", "mask", "solver", "allocation",
     "checkpoint", "calibration", "walk", "evaluation", "delivery", "engine", "recovery", "report",
-    "steps", "measuring", "api", "cli",
+    "steps", "measuring", "api", "commands", "cli",
 )  # fmt: skip
 FILES = sorted(HOME.rglob("*.py"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmprune.base.errors import NumericalError
+from llmprune.base.errors import NumericalError, UnsupportedModel
 from llmprune.stats.types import Stats
 from llmprune.walk.forward import Stream, advance, embed
 from llmprune.walk.observation import Seen, observe
@@ -192,4 +193,42 @@ def test_an_output_that_is_not_finite_names_its_block(
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="output of block 0"), in_memory(model) as blocks:
+        survey(blocks, tokens)
+
+
+def test_a_matrix_that_is_used_piece_by_piece_counts_every_piece(
+    make_model: MakeModel, tokens: Tensor
+) -> None:
+    """As FFNs do that work on a few tokens at a time to save memory."""
+    whole, pieces = make_model("llama"), make_model("llama")
+    for block in pieces.model.layers:
+        own = block.mlp.forward
+        block.mlp.forward = lambda x, own=own: torch.cat([own(part) for part in x.split(5, 1)], 1)
+    found = []
+    for model in (whole, pieces):
+        with in_memory(model) as blocks:
+            found.append(survey(blocks, tokens))
+    for one, other in zip(*found, strict=True):
+        for tap in one:
+            assert one[tap].num_tokens == other[tap].num_tokens == tokens.numel()
+            assert_near(other[tap]["col_sq"], one[tap]["col_sq"])
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "granitemoe"])
+def test_experts_without_tokens_are_no_fault_where_others_have_some(
+    model_type: str, make_model: MakeModel, tokens: Tensor
+) -> None:
+    model = make_model(model_type)
+    with in_memory(model) as blocks, blocks.open(0) as block:
+        flow = embed(blocks, tokens[:1, :1], 1)
+        taps = [tap for tap in needs_of(blocks, 0) if re.search(r"\d", tap)]
+        alone = {tap: observe(block, flow, {tap: ("col_sq",)}, dense=False) for tap in taps}
+    used = {tap for tap, seen in alone.items() if seen.stats[tap].num_tokens}
+    assert len(used) == 2 * model.config.num_experts_per_tok < len(taps)
+
+
+def test_a_tap_that_is_never_read_is_told(make_model: MakeModel, tokens: Tensor) -> None:
+    model = make_model("llama")
+    model.model.layers[0].mlp.forward = lambda x: x
+    with in_memory(model) as blocks, pytest.raises(UnsupportedModel, match=r"'ffn_in'.*never read"):
         survey(blocks, tokens)

@@ -1,0 +1,283 @@
+"""The commands beside pruning and planning: look at a model, measure, prove and publish a result.
+
+Each takes what its flags say and prints; `cli.py` gives them their names.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Option
+
+from llmprune.base.errors import RecipeError
+
+PPL, TASKS = "Perplexity", "Tasks"
+
+Folder = Annotated[Path, typer.Argument(help="A folder that llmprune wrote.")]
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="A folder, a Hub id, or demo.")],
+    revision: Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")] = None,
+    trust_remote_code: Annotated[bool, Option("--trust-remote-code")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print a model's blocks, taps, couplings, experts, and what is eligible; reads no weight."""
+    from llmprune import api
+
+    found = api.inspect(model, revision=revision, trust_remote_code=trust_remote_code)
+    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
+
+
+def methods() -> None:
+    """List the methods with what they need and where they come from."""
+    from llmprune.base.text import columns
+    from llmprune.catalog import METHODS
+    from llmprune.score import SCORES
+
+    rows = [
+        (
+            row.name,
+            ", ".join(SCORES[row.score].learnt) or "nothing",
+            row.group,
+            row.allocation,
+            ", ".join(row.patterns),
+            row.paper,
+        )
+        for row in METHODS.values()
+    ]
+    head = ("method", "needs", "compared in", "allocation", "patterns", "paper")
+    print(columns(head, rows))
+
+
+def gate(
+    folders: Annotated[list[Path], typer.Argument(help="Folders to prove.")],
+    dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
+    trust_remote_code: Annotated[bool, Option("--trust-remote-code")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the verdicts as JSON.")] = False,
+) -> None:
+    """Prove in a fresh process that folders load the stock way and compute what they should."""
+    from llmprune import api
+
+    for folder in folders:
+        verdict = api.gate(folder, dtype=_dtype(dtype), trust_remote_code=trust_remote_code)
+        if as_json:
+            print(json.dumps(verdict.to_dict()))
+        else:
+            print(f"{folder}: {verdict.text()}")
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder, a Hub id, or demo.")],
+    perplexity: Annotated[
+        str | None,
+        Option(
+            metavar="TEXT",
+            help="wikitext2, c4, demo, or a .txt, .jsonl or .parquet file. [default: where no "
+            "tasks are given, what a result's recipe says, demo for the demo, else wikitext2]",
+            rich_help_panel=PPL,
+        ),
+    ] = None,
+    seq_len: Annotated[int | None, Option(help="Tokens per window.", rich_help_panel=PPL)] = None,
+    num_windows: Annotated[
+        int | None, Option(help="Windows from the start. [default: all]", rich_help_panel=PPL)
+    ] = None,
+    stride: Annotated[
+        int | None,
+        Option(
+            help="Begin windows this many tokens apart; each scores what is new in it. [default: "
+            "no overlap]",
+            rich_help_panel=PPL,
+        ),
+    ] = None,
+    bos: Annotated[
+        str,
+        Option(
+            help="Begin every window with BOS: true, false, or auto (as the tokenizer does).",
+            rich_help_panel=PPL,
+        ),
+    ] = "false",
+    rolling: Annotated[
+        bool,
+        Option(
+            "--rolling",
+            help="Perplexity by word and byte of the whole text, as lm-eval, instead of by token.",
+            rich_help_panel=PPL,
+        ),
+    ] = False,
+    tasks: Annotated[
+        list[str] | None,
+        Option(
+            help="Tasks of lm-eval by name, or YAML files; also NAME,NAME (repeatable).",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, Option(help="Items of each task. [default: all]", rich_help_panel=TASKS)
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        Option(help="Worked examples in a prompt. [default: the task's]", rich_help_panel=TASKS),
+    ] = None,
+    batch_size: Annotated[int, Option(help="Items at once.", rich_help_panel=TASKS)] = 1,
+    baseline: Annotated[
+        str,
+        Option(
+            help="What to compare with: auto (the model a result was made from), none, a folder "
+            "or a Hub id.",
+            rich_help_panel=TASKS,
+        ),
+    ] = "auto",
+    include_path: Annotated[
+        Path | None,
+        Option(help="Folder with YAML files of tasks to know by name.", rich_help_panel=TASKS),
+    ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        Option(
+            "--apply-chat-template", help="Ask as the chat template does.", rich_help_panel=TASKS
+        ),
+    ] = False,
+    seed: Annotated[int, Option(help="Draws the worked examples.", rich_help_panel=TASKS)] = 0,
+    device: Annotated[str, Option(help="cuda, mps or cpu.")] = "auto",
+    dtype: Annotated[str, Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    revision: Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")] = None,
+    trust_remote_code: Annotated[bool, Option("--trust-remote-code")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON, a line per measurement.")] = False,
+) -> None:
+    """Measure perplexity, or with --tasks the scores of lm-evaluation-harness.
+
+    Perplexity streams the model from disk. Tasks hold it in memory, and set a result of llmprune
+    beside the dense model that it was made from. What was measured of a result is kept in its
+    llmprune/evaluations.json.
+    """
+    from dataclasses import asdict
+
+    from llmprune import api
+
+    common: dict[str, Any] = {
+        "device": device,
+        "dtype": "auto" if dtype == "auto" else _dtype(dtype),
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    if not tasks and (apply_chat_template or any((limit, num_fewshot, include_path))):
+        raise RecipeError(
+            "tasks: --limit, --num-fewshot, --include-path and --apply-chat-template are about "
+            "tasks, and none is named. Add --tasks NAME, or leave them out."
+        )
+    if rolling and (stride or num_windows or bos != "false"):
+        raise RecipeError(
+            "rolling: scores the whole text once, and begins it in its own way. Leave --stride, "
+            "--num-windows and --bos out; a shorter text takes less time: --perplexity FILE."
+        )
+    if not tasks or perplexity is not None or rolling:
+        text = "auto" if perplexity is None else perplexity
+        common_text = {"data": text, "seq_len": seq_len, **common}
+        found: Any
+        if rolling:
+            found = api.rolling_perplexity(model, **common_text)
+        else:
+            found = api.perplexity(
+                model, num_windows=num_windows, stride=stride, bos=_bos(bos), **common_text
+            )
+        print(json.dumps(asdict(found)) if as_json else f"perplexity {found}", flush=True)
+        api.store_measurement(model, found)
+    if tasks:
+        scores = api.evaluate(
+            model,
+            [name.strip() for given in tasks for name in given.split(",") if name.strip()],
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            baseline=None if baseline == "none" else baseline,
+            include_path=include_path,
+            apply_chat_template=apply_chat_template,
+            seed=seed,
+            **common,
+        )
+        print(json.dumps(scores.to_dict()) if as_json else scores, flush=True)
+        for note in scores.notes:
+            print(f"note: {note}", file=sys.stderr)
+        api.store_measurement(model, scores)
+
+
+def show(
+    folder: Folder,
+    sites: Annotated[bool, Option("--sites", help="Every site.")] = False,
+    coverage: Annotated[
+        bool, Option("--coverage", help="The tokens that each block's experts saw.")
+    ] = False,
+) -> None:
+    """Print the report of a result."""
+    from llmprune.report.run import Report
+
+    report = Report.read(folder)
+    print(report)
+    if sites:
+        print()
+        print(report.table())
+    if coverage:
+        print()
+        print(report.coverage())
+
+
+def push(
+    folder: Folder,
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub, or a name of your own.")],
+    private: Annotated[bool, Option("--private", help="Make a new repository private.")] = False,
+    base_model: Annotated[
+        str | None, Option(help="Hub id of the base model, where that was a local folder.")
+    ] = None,
+    message: Annotated[str | None, Option(help="Of the commit.")] = None,
+    revision: Annotated[str | None, Option(help="Branch to commit to. [default: main]")] = None,
+    create_pr: Annotated[
+        bool, Option("--create-pr", help="Propose the commit as a pull request.")
+    ] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print the card and the files; send nothing.")
+    ] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Upload a result to the Hub in one commit, with a model card; prints the commit's address.
+
+    Uses the token of `hf auth login` or HF_TOKEN.
+    """
+    from llmprune.base.progress import human_bytes
+    from llmprune.report.publishing import pack, upload
+
+    package = pack(folder, repo, base_model=base_model)
+    files, size = package.sizes, human_bytes(sum(package.sizes.values()))
+    if dry_run and as_json:
+        print(json.dumps({"repo": repo, "files": files, "card": package.card}))
+        return
+    if dry_run:
+        print(package.card)
+        print("\n".join(f"{human_bytes(count):>9}  {name}" for name, count in files.items()))
+        print(f"{len(files)} files, {size}, would go to {repo}; nothing was sent")
+        return
+    url = upload(package, private=private, message=message, create_pr=create_pr, revision=revision)
+    if as_json:
+        print(json.dumps({"url": url, "repo": repo, "files": files}))
+    else:
+        print(f"{len(files)} files, {size}: {url}")
+
+
+def _bos(policy: str) -> bool | str:
+    """Return the policy that a word names; what is none is left to be refused."""
+    return {"true": True, "false": False}.get(policy.lower(), policy)
+
+
+def _dtype(name: str) -> str:
+    """Return the name of a dtype to compute in.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    if name not in ("float32", "bfloat16", "float16"):
+        raise RecipeError(f"dtype: {name!r} is none of float32, bfloat16, float16.")
+    return name
