@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmprune.arch.limits import longest_sequence
 from llmprune.base.errors import LlmpruneError, RecipeError, TooLarge
 from llmprune.base.memory import map_large_pieces
 from llmprune.base.progress import Progress
@@ -30,7 +31,7 @@ from llmprune.engine.folder import (
     what_fixes,
 )
 from llmprune.engine.opening import Opened, anatomies_of, check_walk, read_tokenizer
-from llmprune.engine.plan import make_plan, max_seq_len
+from llmprune.engine.plan import make_plan
 from llmprune.engine.records import OBEYED, OWN, Records, check_out, check_same_run
 from llmprune.engine.solving import Outcome
 from llmprune.engine.survey import Surroundings, take_survey
@@ -130,7 +131,7 @@ def check_tokens(tokens_NT: Tensor, config: Any) -> None:
             f"calibration: token ids from {low} to {high}, but the model's vocabulary has "
             f"{text.vocab_size}. Use the tokenizer that belongs to this model."
         )
-    most = max_seq_len(config)
+    most = longest_sequence(config)
     if most and tokens_NT.shape[1] > most:
         raise RecipeError(
             f"calibration: sequences of {tokens_NT.shape[1]} tokens, where this model takes "

@@ -10,7 +10,7 @@ from llmprune.arch.anatomy import EXPERT, Anatomy, is_router, left_out, split_in
 from llmprune.arch.types import Coupling, Family, Linear, Tap
 from llmprune.base.progress import human_count
 from llmprune.base.text import columns, named_lines, ranges
-from llmprune.engine.plan import Anatomies
+from llmprune.engine.shapes import Anatomies
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from llmprune.catalog import METHODS
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.skeleton import build_skeleton, read_config
 from llmprune.checkpoint.source import Source
-from llmprune.engine.plan import Anatomies, Plan, make_plan
+from llmprune.engine.plan import Plan, make_plan
+from llmprune.engine.shapes import Anatomies
 from llmprune.walk.rewriting import DTYPE_NAMES
 from llmprune.walk.streamed import Streamed, stream
 

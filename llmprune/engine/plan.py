@@ -7,13 +7,20 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from llmprune.allocation import ALLOCATIONS
-from llmprune.arch.anatomy import left_out
-from llmprune.arch.limits import active_share, longest_sequence
+from llmprune.arch.limits import longest_sequence
 from llmprune.arch.types import Site
 from llmprune.base.errors import RecipeError
 from llmprune.catalog import METHODS, Method
 from llmprune.engine.amounts import allocate, choose_allocation, num_pruned, survey_cost
-from llmprune.engine.cost import Estimate, Shape, estimate, measure_rate
+from llmprune.engine.cost import Estimate, estimate, measure_rate
+from llmprune.engine.shapes import (
+    Anatomies,
+    Skipped,
+    most_statistics,
+    num_params,
+    sizes_of,
+    what_stays,
+)
 from llmprune.engine.sites import Group, all_sites, groups_of, is_skipped
 from llmprune.engine.solving import Cutter
 from llmprune.mask.pattern import (
@@ -25,37 +32,15 @@ from llmprune.mask.pattern import (
 )
 from llmprune.score import SCORES
 from llmprune.solver import SOLVERS
-from llmprune.walk.observation import statistics_bytes
 
 if TYPE_CHECKING:
     import torch
 
-    from llmprune.arch.anatomy import Anatomy
     from llmprune.recipe import Recipe
     from llmprune.recipe.models import PruneStep
 
 MAX_SEQ_LEN = 2048
 EVAL_SHARE = 0.25
-
-
-@dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """Parameters that stay as they are, and why."""
-
-    what: str
-    num_params: int
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Anatomies:
-    """A model by shape: every block's anatomy and prefix, and the parameters outside."""
-
-    model_type: str
-    prefixes: tuple[str, ...]
-    blocks: tuple[Anatomy, ...]
-    shapes: tuple[Mapping[str, tuple[int, ...]], ...]
-    trunk: Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -201,7 +186,7 @@ def make_plan(
     )
     sites = all_sites(groups)
     check_globs(step.skip, anatomies)
-    skipped, eligible = _skipped(anatomies, step, sites)
+    skipped, eligible = what_stays(anatomies, step, sites)
     if not sites:
         raise RecipeError(f"prune.skip: {list(step.skip)} leaves nothing to prune; skip less.")
     counts = allocate(step, allocation, pattern, sites, eligible)
@@ -209,7 +194,7 @@ def make_plan(
     seq_len = sequence_length(recipe, config)
     forward = bool(cut_needs or survey_needs)
     removed = sum(counts[site.name] * site.unit_cost for site in sites) if counts else 0
-    shape = _shape(anatomies, config, stored_bytes, stored.itemsize)
+    shape = sizes_of(anatomies, config, stored_bytes, stored.itemsize)
     itemsize = dtype.itemsize if forward else stored.itemsize
     wants = recipe.evaluate if may_evaluate else None
     windows = wants.num_windows if wants else 0
@@ -226,7 +211,7 @@ def make_plan(
         converted_params=converted_params,
         rate=measure_rate(device, dtype),
         survey=survey_cost(allocation, pattern, sites, stored) if counts is None else None,
-        statistics_bytes=_statistics_bytes(anatomies, groups, cut_needs),
+        statistics_bytes=most_statistics(anatomies, groups, cut_needs),
     )
     group = step.group or method.group
     return Plan(
@@ -243,7 +228,7 @@ def make_plan(
         prefixes=anatomies.prefixes,
         counts=counts,
         eligible=eligible,
-        num_params=_num_params(anatomies),
+        num_params=num_params(anatomies),
         skipped=skipped,
         cut_needs=cut_needs,
         survey_needs=survey_needs,
@@ -290,18 +275,13 @@ def decide_form(step: PruneStep, pattern: Pattern) -> str:
     return "masked"
 
 
-def max_seq_len(config: Any) -> int | None:
-    """Return the longest sequence that a model takes, where its config says so."""
-    return longest_sequence(config)
-
-
 def sequence_length(recipe: Recipe, config: Any) -> int:
     """Return the tokens per sequence: asked, or 2048 and no more than the model takes.
 
     Raises:
         RecipeError: longer than the model's maximum.
     """
-    most = max_seq_len(config)
+    most = longest_sequence(config)
     asked = recipe.calibration.seq_len
     if asked is None:
         return min(MAX_SEQ_LEN, most or MAX_SEQ_LEN)
@@ -313,105 +293,12 @@ def sequence_length(recipe: Recipe, config: Any) -> int:
     return asked
 
 
-def _skipped(
-    anatomies: Anatomies, step: PruneStep, sites: Sequence[Site]
-) -> tuple[tuple[Skipped, ...], int]:
-    """Return what is not pruned, and the number of eligible weights."""
-    pruned = {(site.block, span.linear) for site in sites for span in site.spans}
-    eligible = globbed = 0
-    rest: dict[str, tuple[set[str], int]] = {}
-    for index, anatomy in enumerate(anatomies.blocks):
-        for name, linear in anatomy.linears.items():
-            size = linear.shape[0] * linear.shape[1]
-            if is_skipped(name, anatomies.prefixes[index], step.skip):
-                globbed += size
-            else:
-                eligible += size
-        for param, why in left_out(anatomy, anatomies.shapes[index]).items():
-            names, before = rest.get(why, (set(), 0))
-            rest[why] = (names | {param}, before + _count(anatomies.shapes[index][param]))
-    covered = sum(site.num_weights for site in sites)
-    if not pruned:
-        covered = 0
-    rows = [Skipped(what=name, num_params=_count(shape), reason="outside the blocks")
-            for name, shape in anatomies.trunk.items()]  # fmt: skip
-    for why, (names, size) in rest.items():
-        shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-        vectors = why.startswith("norm")
-        rows.append(
-            Skipped(
-                what="norms, biases, scales" if vectors else shown,
-                num_params=size,
-                reason="not a matrix" if vectors else why,
-            )
-        )
-    if globbed:
-        rows.append(Skipped(what=", ".join(step.skip), num_params=globbed, reason="prune.skip"))
-    if eligible > covered:
-        rows.append(
-            Skipped(
-                what="other linears", num_params=eligible - covered, reason="not in this pattern"
-            )
-        )
-    return tuple(rows), eligible
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _num_params(anatomies: Anatomies) -> int:
-    """Return the number of parameters of the model."""
-    blocks = sum(_count(shape) for shapes in anatomies.shapes for shape in shapes.values())
-    return blocks + sum(_count(shape) for shape in anatomies.trunk.values())
-
-
-def _shape(anatomies: Anatomies, config: Any, stored_bytes: int, storage_itemsize: int) -> Shape:
-    """Return the sizes that decide cost: of the largest block, and of the average for time."""
-    sizes = [sum(_count(shape) for shape in shapes.values()) for shapes in anatomies.shapes]
-    linears = [linear for anatomy in anatomies.blocks for linear in anatomy.linears.values()]
-    active = active_share(config)
-    computed = sum(_count(row.shape) * (active if row.expert is not None else 1) for row in linears)
-    reader = anatomies.blocks[0].linears[anatomies.blocks[0].taps[0].readers[0]]
-    embeddings = [_count(shape) for shape in anatomies.trunk.values()]
-    text = config.get_text_config()
-    eager = getattr(config, "_attn_implementation", None) == "eager"  # holds scores of all pairs
-    vocab = max((shape[0] for shape in anatomies.trunk.values() if len(shape) == 2), default=1)
-    return Shape(
-        num_blocks=len(sizes),
-        block_params=max(sizes),
-        linear_params=round(computed / len(sizes)),
-        largest_linear=max(_count(row.shape) for row in linears),
-        entrance_params=max(embeddings, default=0),
-        exit_params=max(embeddings, default=0),
-        hidden_size=getattr(text, "hidden_size", None) or reader.shape[1],
-        widest=max(max(row.shape) for row in linears),
-        eager_heads=(getattr(text, "num_attention_heads", None) or 0) if eager else 0,
-        vocab_size=vocab,
-        stored_bytes=stored_bytes,
-        largest_shard=max([*sizes]) * storage_itemsize,
-    )
-
-
 def _notes(step: PruneStep, group: GroupName, pattern: Pattern) -> tuple[str, ...]:
     """Return what a reader of the plan may not expect."""
     if group == "mass" and not isinstance(pattern, Unstructured):
         within = "their own groups" if ":" in step.pattern else "their row"
         return (f"equal mass is for single weights; {step.pattern} competes within {within}",)
     return ()
-
-
-def _statistics_bytes(
-    anatomies: Anatomies, groups: Sequence[Sequence[Group]], needs: tuple[str, ...]
-) -> int:
-    """Return what the statistics of the block that needs most take up."""
-    return max(
-        statistics_bytes(anatomy, {group.tap: needs for group in here})
-        for anatomy, here in zip(anatomies.blocks, groups, strict=True)
-    )
 
 
 def _windows(asked: bool | str, windows: int, cost: Estimate) -> int:
