@@ -123,7 +123,9 @@ def _too_long(number: int, frame: object) -> None:
 
 def _first(error: BaseException) -> str:
     """Return the first line of an error, short enough for a table."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    from llmprune.base.errors import first_line
+
+    text = first_line(error)
     return re.sub(r"\S*/(source|out\.partial)\b", "it", text)[:300]
 
 

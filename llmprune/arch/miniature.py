@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmprune.arch.limits import ACTIVE
-from llmprune.base.errors import UnsupportedModel
+from llmprune.base.errors import UnsupportedModel, first_line
 
 SEQ_LEN = 24
 
@@ -85,7 +85,7 @@ def miniature_model(config: Any, *, seed: int = 0, trust_remote_code: bool = Fal
                 miniature_config(config), dtype=torch.float32, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # configs are validated in many ways, by many kinds of error
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise UnsupportedModel(
             f"no miniature of {config.model_type!r} could be built, on which it is checked before "
             f"anything is pruned ({first}). A key that its small size breaks belongs into "

@@ -20,7 +20,7 @@ from llmprune.arch.miniature import SEQ_LEN, miniature_model
 from llmprune.arch.products import Products, slices
 from llmprune.arch.table import row_of
 from llmprune.arch.types import Family, Tap, Unfuse
-from llmprune.base.errors import UnsupportedModel
+from llmprune.base.errors import UnsupportedModel, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ def family_of_model(model: Any) -> Family:
     except UnsupportedModel:
         raise
     except Exception as error:  # any line of any model may be what does not run
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise UnsupportedModel(
             f"a miniature of {kind!r} does not run on token ids alone: {type(error).__name__}: "
             f"{first}. Models that need other inputs are not pruned."

@@ -43,3 +43,15 @@ class NumericalError(LlmpruneError, ArithmeticError):
 
 class TooLarge(LlmpruneError, MemoryError):
     """More memory or disk needed than there is, and which key lowers it."""
+
+
+def first_line(error: BaseException | str) -> str:
+    """Return what an error of another library says, on one line; its kind where it says nothing.
+
+    >>> first_line(ValueError("validation failed:\\n  two of one kind\\nmore"))
+    'validation failed: two of one kind'
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if not lines:
+        return "no message" if isinstance(error, str) else type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

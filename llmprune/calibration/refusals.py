@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from llmprune.base.errors import RecipeError
+from llmprune.base.errors import RecipeError, first_line
 from llmprune.calibration.presets import PRESETS
 from llmprune.calibration.selection import sibling
 from llmprune.checkpoint.hub import is_connection
@@ -66,7 +66,7 @@ def _explained(error: Exception, name: str, key: str) -> str:
     if isinstance(error, ImportError):
         return "reading from the Hub needs a package that is missing. Type `pip install datasets`."
     reason = re.sub(r"\?\S+", "", str(error))  # the query of a link may hold a signature
-    first = (reason.strip().splitlines() or ["no reason given"])[0]
+    first = first_line(reason)
     return f"{name} cannot be read ({type(error).__name__}: {first}). Choose another, or a file."
 
 

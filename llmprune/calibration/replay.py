@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llmprune.base.errors import UnsupportedModel
+from llmprune.base.errors import UnsupportedModel, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -172,7 +172,7 @@ def check_replay(
         except UnsupportedModel:
             raise
         except Exception as error:  # any line of any model may want what only a forward has
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = first_line(error)
             raise UnsupportedModel(
                 f"{type(model).__name__} cannot be walked block by block: with the blocks run one "
                 f"at a time it fails ({type(error).__name__}: {first}). This family needs a walk "

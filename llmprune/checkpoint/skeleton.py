@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmprune.arch.anatomy import EXPERT
 from llmprune.arch.probe import find_family
 from llmprune.arch.types import Family
-from llmprune.base.errors import CheckpointError, UnsupportedModel
+from llmprune.base.errors import CheckpointError, UnsupportedModel, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 f"{folder} brings its own Python code (auto_map in config.json), which is not run "
                 "unasked. Read the code, then add --trust-remote-code."
             ) from error
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise CheckpointError(f"{folder / 'config.json'} is not understood: {first}") from error
 
 
@@ -109,7 +109,7 @@ def build_skeleton(
             )
     except (ValueError, ImportError) as error:
         raise UnsupportedModel(
-            f"transformers cannot build {config.model_type}: {str(error).splitlines()[0]}"
+            f"transformers cannot build {config.model_type}: {first_line(error)}"
         ) from error
     use_eager_experts(model)
     tie(model)

@@ -10,7 +10,7 @@ import torch
 
 from llmprune.arch.miniature import SEQ_LEN, miniature_model
 from llmprune.arch.types import Family
-from llmprune.base.errors import CheckpointError, RecipeError
+from llmprune.base.errors import CheckpointError, RecipeError, first_line
 from llmprune.calibration.replay import check_replay
 from llmprune.catalog import METHODS
 from llmprune.checkpoint.locate import open_source
@@ -57,7 +57,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise RecipeError(
             f"device: {name!r} cannot be used ({first}). Type --device cpu."
         ) from None
@@ -184,7 +184,7 @@ def read_tokenizer(source: Source, recipe: Recipe) -> Any:
             source.folder, trust_remote_code=recipe.trust_remote_code
         )
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise CheckpointError(
             f"{source.name} has no usable tokenizer ({first}). Calibration text needs one: copy "
             "tokenizer.json and tokenizer_config.json of this model into the folder, or use "

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llmprune.base.errors import LlmpruneError, RecipeError, TooLarge
+from llmprune.base.errors import LlmpruneError, RecipeError, TooLarge, first_line
 from llmprune.evaluation.scores import Score, TaskFacts
 from llmprune.evaluation.tasks import hushed
 
@@ -91,7 +91,7 @@ def _failures() -> Iterator[None]:
             "tasks: out of memory. A smaller --batch-size or --dtype bfloat16 needs less."
         ) from error
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), "no message")
+        first = first_line(error)
         raise RecipeError(
             f"tasks: lm_eval stopped ({type(error).__name__}: {first}). An item may lack what the "
             "task's YAML asks of it, or the task may have fewer worked examples than "

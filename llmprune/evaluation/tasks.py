@@ -12,7 +12,7 @@ from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from llmprune.base.errors import RecipeError, UnknownName
+from llmprune.base.errors import RecipeError, UnknownName, first_line
 
 OFFLINE = "eval/tasks/demo_cloze.yaml"  # in the repository; its text is the demo's
 PARTS = ("tasks", "groups", "group_map")  # of what lm_eval makes of task names
@@ -144,7 +144,7 @@ def _load(manager: Any, spec: str, home: Path | None) -> dict[str, Any]:
         except FileNotFoundError:  # lm_eval itself looks in the working directory
             found = manager.load([spec])
     except Exception as error:  # whatever a task's own code, its data's format or the Hub raises
-        first = next(iter(str(error).strip().splitlines()), "no message")
+        first = first_line(error)
         raise RecipeError(
             f"tasks: {spec} or its data cannot be read ({type(error).__name__}: {first}). Data on "
             "the Hub need a connection, or the local cache of an earlier one. Without, try "
