@@ -135,37 +135,13 @@ def pose(
     )
 
 
-def of_blocks(
-    blocks: Blocks, inputs_NT: Tensor, targets_NT: Tensor | None = None, *, micro_batch: int = 1
-) -> tuple[float, int]:
-    """Return (perplexity, predicted tokens) of a model walked block by block.
-
-    Without targets every window predicts its own tokens but the first. Windows are walked together
-    as long as their hidden states fit `HIDDEN_BYTES`.
-
-    Raises:
-        NumericalError: the loss is not finite.
-    """
-    total, count = loss_of_blocks(blocks, inputs_NT, targets_NT, micro_batch=micro_batch)
-    return of_loss(total, count), count
-
-
-def of_model(
-    model: Any, inputs_NT: Tensor, targets_NT: Tensor | None = None, *, micro_batch: int = 1
-) -> tuple[float, int]:
-    """Return (perplexity, predicted tokens) of a model in memory; as `of_blocks`.
-
-    Raises:
-        NumericalError: the loss is not finite.
-    """
-    total, count = loss_of_model(model, inputs_NT, targets_NT, micro_batch=micro_batch)
-    return of_loss(total, count), count
-
-
 def loss_of_blocks(
     blocks: Blocks, inputs_NT: Tensor, targets_NT: Tensor | None = None, *, micro_batch: int = 1
 ) -> tuple[float, int]:
     """Return (summed negative log-likelihood in nats, predicted tokens), block by block.
+
+    Without targets every window predicts its own tokens but the first. Windows are walked together
+    as long as their hidden states fit `HIDDEN_BYTES`.
 
     Raises:
         NumericalError: the loss is not finite.

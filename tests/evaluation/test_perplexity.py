@@ -15,10 +15,11 @@ from torch import Tensor
 
 from llmprune.api import perplexity, prune
 from llmprune.base.errors import NumericalError, RecipeError
-from llmprune.evaluation.perplexity import Perplexity, of_blocks, of_model
+from llmprune.evaluation.perplexity import Perplexity
 from llmprune.evaluation.windows import cut_windows
 from llmprune.walk.resident import in_memory
 from llmprune.walk.streamed import Streamed
+from tests.reference.perplexities import of_blocks, of_model
 
 Pico = Callable[..., Path]
 

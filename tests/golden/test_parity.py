@@ -17,8 +17,8 @@ from llmprune import api
 from llmprune.checkpoint.locate import open_source
 from llmprune.delivery.masks import MaskFiles
 from llmprune.engine import solving
-from llmprune.evaluation.perplexity import of_model
 from llmprune.mask.packed import unpack
+from tests.reference.perplexities import of_model
 
 HERE = Path(__file__).parent
 EXACT = ("attention=eager", "dtype=float32", "device=cpu", "evaluate.perplexity=false")
