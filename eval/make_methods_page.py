@@ -22,7 +22,7 @@ HEAD = """\
 # Methods
 
 Made by `make docs` from the tables in `llmprune/`. Do not edit this page: edit
-`llmprune/catalog.py` and the docstrings of the parts, then run `make docs`.
+`llmprune/catalog/` and the docstrings of the parts, then run `make docs`.
 
 A method is a row of names: a *score* says how much each weight matters (higher = keep), an
 *allocation* how much to remove where, a *solver* what happens to the weights that stay. Shapes: O

@@ -46,6 +46,8 @@ def make_recipe(
     sparsity: float | None = None,
     method: str | None = None,
     pattern: str | None = None,
+    effort: str | None = None,
+    target: Mapping[str, str] | None = None,
     out: str | Path | None = None,
     calib: str | Mix | None = None,
     num_samples: int | None = None,
@@ -58,7 +60,8 @@ def make_recipe(
     >>> make_recipe("demo", sparsity=0.5).prune.method
     'wanda'
     """
-    prune = {"sparsity": sparsity, "method": method, "pattern": pattern}
+    prune: dict[str, Any] = {"sparsity": sparsity, "method": method, "pattern": pattern}
+    prune |= {"effort": effort, "target": target and dict(target)}
     calibration = {"data": calib, "num_samples": num_samples, "seq_len": seq_len}
     data: dict[str, Any] = {"model": model, "steps": default_steps()}
     data["steps"][0]["prune"] = _given(prune)
@@ -96,8 +99,10 @@ def prune(
     model: str | PathLike[str] | PreTrainedModel,
     *,
     sparsity: float | None = None,
-    method: str = "wanda",
+    method: str | None = None,
     pattern: str = "unstructured",
+    effort: str | None = None,
+    target: Mapping[str, str] | None = None,
     out: str | Path | None = None,
     calib: Text | Tensor | None = None,
     tokenizer: Any = None,
@@ -114,7 +119,9 @@ def prune(
     Args:
         model: a folder, a Hub id, "demo", or a `PreTrainedModel`.
         sparsity: the share of the eligible weights to remove, in [0, 1); N:M patterns fix it.
-        method: a row of `llmprune methods`.
+        method: a row of `llmprune methods`; Wanda, or what `effort` says, when absent.
+        effort: "fast", "good" or "best": what else is done, where nothing else is said.
+        target: `{"ppl": "+5%"}` finds the highest sparsity that keeps perplexity within it.
         pattern: "unstructured", "N:M" (keep N of every M), "HxW" (tiles) or "ffn-channels".
         out: the folder to write; named for model, method and sparsity when absent.
         calib: "c4" or another preset, "demo", a file or folder, OWNER/NAME on the Hub, a mix such
@@ -140,6 +147,8 @@ def prune(
         sparsity=sparsity,
         method=method,
         pattern=pattern,
+        effort=effort,
+        target=target,
         out=out,
         calib=data,
         num_samples=num_samples,

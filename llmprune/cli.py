@@ -50,6 +50,20 @@ def wishes(
             "[default: unstructured]"
         ),
     ] = None,
+    effort: Annotated[
+        str | None,
+        Option(
+            help="fast, good or best: what is not given otherwise follows from it; see "
+            "docs/METHODS.md. [default: what the method says]"
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        Option(
+            help="ppl=+5% finds the highest sparsity that keeps perplexity in it; --sparsity is "
+            "then the most."
+        ),
+    ] = None,
     out: Annotated[
         str | None, Option(help="Folder to write. [default: MODEL-METHOD-AMOUNT]")
     ] = None,
@@ -239,6 +253,7 @@ def make(wish: dict[str, Any]) -> Recipe:
         "prune.sparsity": "sparsity",
         "prune.method": "method",
         "prune.pattern": "pattern",
+        "prune.effort": "effort",
         "calibration.data": "calib",
         "calibration.num_samples": "num_samples",
         "calibration.seq_len": "seq_len",
@@ -246,9 +261,26 @@ def make(wish: dict[str, Any]) -> Recipe:
     settings = [
         f"{key}={json.dumps(wish[name])}" for key, name in keys.items() if wish[name] is not None
     ]
+    if wish["target"]:
+        settings.append(f"prune.target={json.dumps(pairs(wish['target']))}")
     if wish["no_eval"]:
         settings.append("evaluate.perplexity=false")
     return build(override(data, settings + list(wish["set_"] or ())))
+
+
+def pairs(texts: Sequence[str]) -> dict[str, str]:
+    """Return the mapping of texts such as `ppl=+5%`.
+
+    Raises:
+        RecipeError: one is not of this form.
+    """
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError(f"target: {text!r} is not KEY=VALUE. Type --target ppl=+5%.")
+        found[name.strip()] = value.strip()
+    return found
 
 
 def limits(text: str) -> dict[str, str]:

@@ -37,20 +37,21 @@ def methods() -> None:
     """List the methods with what they need and where they come from."""
     from llmprune.base.text import columns
     from llmprune.catalog import METHODS
-    from llmprune.score import SCORES
+    from llmprune.engine.parts import needs_of
 
     rows = [
         (
             row.name,
-            ", ".join(SCORES[row.score].learnt) or "nothing",
+            ", ".join(needs_of(row, row.allocation).names) or "nothing",
             row.group,
             row.allocation,
+            ", ".join(filter(None, (row.refine, row.solver, row.repair))),
             ", ".join(row.patterns),
             row.paper,
         )
         for row in METHODS.values()
     ]
-    head = ("method", "needs", "compared in", "allocation", "patterns", "paper")
+    head = ("method", "needs", "compared in", "allocation", "weights", "patterns", "paper")
     print(columns(head, rows))
 
 

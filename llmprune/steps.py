@@ -30,11 +30,13 @@ from llmprune.engine.folder import (
     prior_masks,
     what_fixes,
 )
+from llmprune.engine.gradients import check_backward
 from llmprune.engine.opening import Opened, anatomies_of, check_walk, read_tokenizer
-from llmprune.engine.plan import make_plan
+from llmprune.engine.plan import Plan, make_plan
 from llmprune.engine.records import OBEYED, OWN, Records, check_out, check_same_run
 from llmprune.engine.solving import Outcome
-from llmprune.engine.survey import Surroundings, take_survey
+from llmprune.engine.survey import Surroundings, before_the_cut
+from llmprune.engine.target import reached
 from llmprune.evaluation.perplexity import Question, loss_of_blocks, pose
 from llmprune.report.run import Report, report_data
 from llmprune.walk.forward import Stream, embed
@@ -156,23 +158,33 @@ def _carry_out(
     blocks = open_target(opened, records.partial)
     clean_scratch(records.partial)
 
-    def fresh() -> Stream:
-        assert tokens is not None
+    def fresh(tokens_NT: Tensor) -> Stream:
         place = fixed["place"]
         folder = records.own / "hidden" if place == "disk" else None
-        return embed(blocks, tokens, int(fixed["micro_batch"]), place=place, folder=folder)
+        return embed(blocks, tokens_NT, int(fixed["micro_batch"]), place=place, folder=folder)
 
-    if plan.counts is None:
-        with _stage(seconds, "survey"):
-            around = Surroundings(
-                blocks=blocks, progress=progress, embed=fresh, prior=prior_masks(opened)
-            )
-            plan = take_survey(plan, around, record=records.own / "allocation.json")
+    around = Surroundings(
+        blocks=blocks,
+        progress=progress,
+        tokens_NT=tokens,
+        embed=fresh,
+        prior=prior_masks(opened),
+        folder=records.survey,
+    )
+    with _stage(seconds, "survey"):
+        plan, gradients = before_the_cut(
+            plan,
+            around,
+            question_NT=None if question is None else question.windows.inputs_NT,
+            record=records.own / "allocation.json",
+        )
     with _stage(seconds, "embed"):
-        flow = fresh() if plan.cut_needs else None
+        flow = fresh(tokens) if tokens is not None and plan.parts.cut_tokens else None
     with _stage(seconds, "cut"):
         keeper = FolderKeeper(records, blocks)
-        rows, resumed = cut(plan, blocks, flow, keeper, progress, prior=prior_masks(opened))
+        rows, resumed = cut(
+            plan, blocks, flow, keeper, progress, prior=around.prior, gradients=gradients
+        )
     if flow is not None:
         flow.hidden.close()
     with _stage(seconds, "finish"):
@@ -201,10 +213,26 @@ def _carry_out(
             "perplexity": quality,
             "files": files,
         }
+        | ({"target": _reached(plan, quality, progress)} if plan.target else {})
     )
     report.data["gate"]["folder"] = str(plan.out)
     write_json(records.own / "report.json", report.data)
     return report
+
+
+def _reached(plan: Plan, quality: Mapping[str, Any] | None, progress: Progress) -> dict[str, Any]:
+    """Return what became of a target; warn where the result misses it."""
+    assert plan.target is not None
+    if quality is None:
+        return dict(plan.target)
+    found = reached(plan.target, quality["pruned"]["value"])
+    if not found["met"]:
+        progress.warn(
+            f"target: the result has a perplexity of {found['reached']:.4f}, above the "
+            f"{found['limit']:.4f} asked for: what precedes a block differs from the search. Type "
+            f"--sparsity {0.98 * found['sparsity']:.3f} without --target for a little less."
+        )
+    return found
 
 
 def run_resident(
@@ -236,6 +264,13 @@ def run_resident(
             stored=model.dtype,
             may_evaluate=False,
         )
+        if plan.prune.target:
+            raise RecipeError(
+                "prune.target: perplexity is a checkpoint's here. Give the folder of the model "
+                "instead of the model in memory, or a --sparsity."
+            )
+        if plan.parts.backward:
+            check_backward(model.config, blocks.family)
         if plan.forward:
             check_walk(model.config, blocks.family)
             if tokens is None:
@@ -249,18 +284,16 @@ def run_resident(
             check_tokens(tokens, model.config)
             calibration = calibration or window_record("token ids", tokens)
 
-        def fresh() -> Stream:
-            assert tokens is not None
-            return embed(blocks, tokens, plan.estimate.micro_batch, place=plan.estimate.place)
+        def fresh(tokens_NT: Tensor) -> Stream:
+            return embed(blocks, tokens_NT, plan.estimate.micro_batch, place=plan.estimate.place)
 
-        if plan.counts is None:
-            with _stage(seconds, "survey"):
-                around = Surroundings(blocks=blocks, progress=progress, embed=fresh)
-                plan = take_survey(plan, around)
-        flow = fresh() if plan.cut_needs else None
+        around = Surroundings(blocks=blocks, progress=progress, tokens_NT=tokens, embed=fresh)
+        with _stage(seconds, "survey"):
+            plan, gradients = before_the_cut(plan, around)
+        flow = fresh(tokens) if tokens is not None and plan.parts.cut_tokens else None
         keeper = MemoryKeeper()
         with _stage(seconds, "cut"):
-            rows, _ = cut(plan, blocks, flow, keeper, progress)
+            rows, _ = cut(plan, blocks, flow, keeper, progress, gradients=gradients)
     for key, value in plan.config_changes.items():
         setattr(model.config, key, value)
     data = report_data(plan, rows, fixed={}, seconds=seconds, progress=progress)

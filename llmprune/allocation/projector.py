@@ -14,30 +14,34 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
+
 from llmprune.base.errors import RecipeError
 
 _HALVINGS = 40  # the bisection only shortens the climb; the ladder alone decides the result
 
+Limits = Mapping[str, Fraction]
+
 
 @dataclass(frozen=True)
 class _Group:
-    """Sites that lose the same number of units: the wish, what one unit of all costs, the grid."""
+    """Sites that lose the same number of units: the wish, what one unit of all costs, the grid.
+
+    `least` and `most` are the lowest and the highest legal count.
+    """
 
     sites: tuple[str, ...]
     share: Fraction
     units: int
     cost: int
     multiple: int
+    least: int
+    most: int
 
     @property
     def remainder(self) -> int:
         """Units to remove before the kept width is a multiple."""
         return self.units % self.multiple
-
-    @property
-    def most(self) -> int:
-        """The highest legal count: one multiple stays."""
-        return max(0, self.units - self.multiple)
 
     def after(self, count: int) -> int:
         """Return the next legal count."""
@@ -51,9 +55,9 @@ class _Group:
         """Return the legal count with all steps due up to `offset` taken."""
         wished = (self.share + offset) * self.units
         if 2 * wished < self.remainder:
-            return 0
+            return self.least
         steps = (wished - self.remainder) / self.multiple + Fraction(1, 2)
-        return min(self.most, self.remainder + math.floor(steps) * self.multiple)
+        return max(self.least, min(self.most, self.remainder + math.floor(steps) * self.multiple))
 
 
 def project(
@@ -65,6 +69,8 @@ def project(
     ties: Sequence[Sequence[str]] = (),
     multiple: int | None = None,
     exact: bool = False,
+    at_least: Limits | None = None,
+    at_most: Limits | None = None,
 ) -> dict[str, int]:
     """Return how many units every site loses.
 
@@ -81,19 +87,21 @@ def project(
         ties: groups of sites with equal units that must keep equal widths.
         multiple: kept widths are multiples of it.
         exact: roundings of many sites may not add up to more than the last unit.
+        at_least: shares that sites lose at least, rounded down to a legal count.
+        at_most: shares that sites lose at most, rounded up to a whole unit.
 
     Raises:
-        RecipeError: the budget is more than can be removed; says how much can.
+        RecipeError: the budget is more or less than can be removed; says how much can.
         ValueError: ties overlap, or tie sites of unequal units.
 
     >>> half = Fraction(1, 2)
     >>> project({"a": half, "b": half}, {"a": 7, "b": 8}, {"a": 1, "b": 1}, budget=half)
     {'a': 4, 'b': 4}
     """
-    groups = _groups(shares, units, costs, ties, multiple or 1)
+    groups = _groups(shares, units, costs, ties, multiple or 1, at_least or {}, at_most or {})
     total = sum(group.units * group.cost for group in groups)
     asked = Fraction(budget) if isinstance(budget, int) else budget * total
-    _check_reachable(groups, asked, total, multiple)
+    _check_reachable(groups, asked, total, multiple, limited=bool(at_least or at_most))
     counts = [group.nearest(Fraction(0)) for group in groups]
     off = abs(_removed(groups, counts) - asked)
     plain = not ties and multiple is None
@@ -117,33 +125,61 @@ def _groups(
     costs: Mapping[str, int],
     ties: Sequence[Sequence[str]],
     multiple: int,
+    at_least: Limits,
+    at_most: Limits,
 ) -> list[_Group]:
     """Return tied sites, then each other site alone; a group wishes its mean share by cost."""
     tied = [site for tie in ties for site in tie]
-    if len(tied) != len(set(tied)):
+    alone = set(tied)
+    if len(tied) != len(alone):
         raise ValueError(f"a site stands in two ties: {sorted(tied)}")
     groups = []
-    for sites in [*ties, *([site] for site in units if site not in set(tied))]:
+    for sites in [*ties, *([site] for site in units if site not in alone)]:
+        num = units[sites[0]]
         if len({units[site] for site in sites}) != 1:
             raise ValueError(f"tied sites differ in units: { {s: units[s] for s in sites} }")
         cost = sum(costs[site] for site in sites)
         share = sum((costs[site] * shares[site] for site in sites), Fraction(0)) / cost
-        groups.append(_Group(tuple(sites), share, units[sites[0]], cost, multiple))
+        limits = (
+            max(at_least.get(site, Fraction(0)) for site in sites),
+            min(at_most.get(site, Fraction(1)) for site in sites),
+        )
+        groups.append(
+            _Group(tuple(sites), share, num, cost, multiple, *_legal(num, multiple, *limits))
+        )
     return groups
 
 
+def _legal(units: int, multiple: int, low: Fraction, high: Fraction) -> tuple[int, int]:
+    """Return the lowest and the highest count between two shares; one multiple stays."""
+
+    def below(count: int) -> int:
+        steps = (count - units % multiple) // multiple
+        return 0 if steps < 0 else units % multiple + steps * multiple
+
+    most = below(min(math.ceil(high * units), max(0, units - multiple)))
+    return min(most, below(math.floor(low * units))), most
+
+
 def _check_reachable(
-    groups: Sequence[_Group], asked: Fraction, total: int, multiple: int | None
+    groups: Sequence[_Group], asked: Fraction, total: int, multiple: int | None, limited: bool
 ) -> None:
-    """Raise where the budget is more than can be removed."""
+    """Raise where the budget is more, or less, than can be removed."""
     most = sum(group.most * group.cost for group in groups)
+    least = sum(group.least * group.cost for group in groups)
     if asked > most:
         stays = "one unit" if multiple is None else f"a width of {multiple}"
         lower = "" if multiple is None else " or `multiple`"
+        limits = ", or what its limit leaves" if limited else ""
         raise RecipeError(
             f"sparsity: {float(asked / total):.6g} cannot be removed. At most "
-            f"{most / total:.6g} can, because every site keeps at least {stays}; lower "
+            f"{most / total:.6g} can, because every site keeps at least {stays}{limits}; lower "
             f"`sparsity`{lower}."
+        )
+    if least and asked < least:
+        raise RecipeError(
+            f"sparsity: {float(asked / total):.6g} is less than the {least / total:.6g} that the "
+            "limits of single sites remove; raise `sparsity`, or lower the limits."
         )
 
 
@@ -168,31 +204,43 @@ def _climb(groups: Sequence[_Group], asked: Fraction) -> list[int]:
 
 
 def _counts_below(groups: Sequence[_Group], asked: Fraction) -> list[int]:
-    """Return the counts at an offset just short of the budget, found by bisection.
+    """Return the counts at an offset just short of the budget.
 
-    Groups of one size and wish, such as the experts of a model, are asked once for all.
+    It is looked for in floats, which may err by a step, and then moved down until exact counts are
+    below the budget, or nothing is left to give back.
     """
-    alike: dict[tuple[Fraction, int], list[int]] = {}
-    for index, group in enumerate(groups):
-        alike.setdefault((group.share, group.units), []).append(index)
+    high = _offset_near(groups, float(asked))
+    margin = Fraction(1, 2**_HALVINGS)
+    least = [group.least for group in groups]
+    while True:
+        low = Fraction(high) - margin
+        counts = [group.nearest(low) for group in groups]
+        if _removed(groups, counts) < asked or counts == least:
+            return counts
+        margin *= 16
 
-    def counts_at(offset: Fraction) -> list[int]:
-        counts = [0] * len(groups)
-        for members in alike.values():
-            count = groups[members[0]].nearest(offset)
-            for index in members:
-                counts[index] = count
-        return counts
 
-    low = -1 - max((group.share for group in groups), default=Fraction(0))  # removes nothing
-    high = 2 - min((group.share for group in groups), default=Fraction(0))  # removes the most
+def _offset_near(groups: Sequence[_Group], asked: float) -> float:
+    """Return the offset at which the removed cost passes the budget, by bisection in floats."""
+    share_G = np.array([float(group.share) for group in groups])
+    units_G, cost_G, multiple_G, least_G, most_G = (
+        np.array([getattr(group, name) for group in groups], dtype=np.float64)
+        for name in ("units", "cost", "multiple", "least", "most")
+    )
+    rest_G = units_G % multiple_G
+
+    def removed(offset: float) -> float:
+        wished_G = (share_G + offset) * units_G
+        counts_G = rest_G + np.floor((wished_G - rest_G) / multiple_G + 0.5) * multiple_G
+        counts_G[2 * wished_G < rest_G] = 0
+        return float(np.clip(counts_G, least_G, most_G) @ cost_G)
+
+    low = -1 - max(share_G, default=0.0)  # removes the least
+    high = 2 - min(share_G, default=0.0)  # removes the most
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if _removed(groups, counts_at(middle)) < asked:
-            low = middle
-        else:
-            high = middle
-    return counts_at(low)
+        low, high = (middle, high) if removed(middle) < asked else (low, middle)
+    return float(low)
 
 
 def _removed(groups: Iterable[_Group], counts: Iterable[int]) -> int:

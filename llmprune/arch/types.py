@@ -25,13 +25,17 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Linears whose mask is decided together; `unit_cost` is in parameters per unit."""
+    """Linears whose mask is decided together; `unit_cost` is in parameters per unit.
+
+    `shape` is that of the linear (O, I); none where several linears make one site.
+    """
 
     name: str
     block: int
     spans: tuple[Span, ...]
     num_units: int
     unit_cost: int
+    shape: tuple[int, int] | None = None
 
     @property
     def num_weights(self) -> int:

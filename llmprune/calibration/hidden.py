@@ -46,6 +46,10 @@ class HiddenStates:
         """Replace a micro-batch by one of the same shape."""
         self._items[index].copy_(hidden_BTD)
 
+    def beside(self, name: str) -> HiddenStates:
+        """Return an empty list in the same place; on disk in a folder `name` of its own."""
+        return HiddenStates(self.place, self._folder and self._folder / name)
+
     def close(self) -> None:
         """Free everything, files included."""
         self._items.clear()

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from llmprune.allocation import ALLOCATIONS
 from llmprune.allocation.projector import default_multiple, project
-from llmprune.allocation.types import Request
+from llmprune.allocation.types import Probe, Request
 from llmprune.arch.types import Site
 from llmprune.base.errors import RecipeError
 from llmprune.catalog import METHODS, Method
-from llmprune.engine.cost import Survey
+from llmprune.engine.cost import Estimate, Survey
+from llmprune.engine.parts import Needs, allocation_of, options_for
 from llmprune.engine.sites import is_skipped
 from llmprune.mask.counts import exact_sparsity, round_half_up
 from llmprune.mask.pattern import Channels, NofM, Pattern, Tiles
@@ -33,7 +34,7 @@ def choose_allocation(step: PruneStep, method: Method, pattern: Pattern) -> str:
         UnknownName: no allocation has this name.
         RecipeError: it cannot be used with this method or pattern; says why.
     """
-    name = step.allocation or ("manual" if step.sparsities else method.allocation)
+    name = allocation_of(step, method)
     ALLOCATIONS[name]
     ranks = is_ranked(name)
     if step.min_keep is not None and not ranks:
@@ -78,8 +79,11 @@ def allocate(
     eligible: int,
     *,
     profiles: Mapping[str, Tensor] | None = None,
+    probe: Probe | None = None,
+    seed: int = 0,
+    surveyed: bool = False,
 ) -> dict[str, int] | None:
-    """Return how many units each site loses; None where that awaits the profiles of a survey.
+    """Return how many units each site loses; None where that awaits a survey.
 
     Raises:
         RecipeError: the asked share cannot be reached.
@@ -92,10 +96,17 @@ def allocate(
         return _channels(step, allocation, sites, eligible, target)
     if is_ranked(allocation):
         _check_spared(step, allocation, sites)
-    if row.profile is not None and profiles is None:
+    if not surveyed and (row.profile is not None or row.judged):
         return None
-    named = name_shares(step.sparsities or {}, sites)
-    request = Request(sites=sites, target=target, named=named, profiles=profiles or {})
+    request = Request(
+        sites=sites,
+        target=target,
+        named=name_shares(step.sparsities or {}, sites),
+        profiles=profiles or {},
+        options=options_for(step.options, row.options),
+        seed=seed,
+        probe=probe,
+    )
     shares = row.fn(request)
     units = {site.name: site.num_units for site in sites}
     whole = {name: share * units[name] for name, share in shares.items()}
@@ -151,21 +162,56 @@ def name_shares(sparsities: Mapping[str, float], sites: Sequence[Site]) -> dict[
 
 
 def survey_cost(
-    allocation: str, pattern: Pattern, sites: Sequence[Site], stored: torch.dtype
-) -> Survey:
-    """Return what a survey reads and holds; `stored` is the dtype of the weights.
+    step: PruneStep,
+    allocation: str,
+    pattern: Pattern,
+    sites: Sequence[Site],
+    parts: Needs,
+    stored: torch.dtype,
+    awaited: bool,
+) -> Survey | None:
+    """Return what is read and held before the first cut; `stored` is the dtype of the weights.
 
     A ranking looks twice unless all scores of a bin are equal, as magnitudes in bfloat16 are.
+    `awaited` says that counts follow from a survey.
     """
-    profile = ALLOCATIONS[allocation].profile
-    assert profile is not None
-    plain = profile.normalise is None and not isinstance(pattern, Tiles)
-    once = not profile.ranked or (plain and str(stored) == "torch.bfloat16")
+    row = ALLOCATIONS[allocation]
+    profile = row.profile if awaited else None
+    if not awaited and not parts.backward:
+        return None
+    ranked = profile is not None and profile.ranked
+    plain = profile is not None and profile.normalise is None and not isinstance(pattern, Tiles)
+    once = not ranked or (plain and str(stored) == "torch.bfloat16")
+    rounds: list[int] = []
+    if awaited and row.rounds is not None:
+        rounds += row.rounds(len(sites), options_for(step.options, row.options))
+    if awaited and row.judged:
+        rounds.append(2)
+    walks = awaited and (profile is not None or row.judged)
     return Survey(
-        num_reads=1 if once else 2,
-        num_linears=len(sites) if profile.ranked else 0,
-        forward=bool(profile.needs),
+        num_reads=(1 if once else 2) if walks else 0,
+        num_linears=len(sites) if ranked else 0,
+        forward=bool(parts.survey or parts.probes),
+        rounds=tuple(rounds),
+        moments=len(parts.backward),
     )
+
+
+def check_reads(step: PruneStep, allocation: str, cost: Estimate) -> None:
+    """Check that a survey does not read the checkpoint more often than it may.
+
+    Raises:
+        RecipeError: it would; says how often.
+    """
+    if cost.num_reads > step.max_reads:
+        options = ALLOCATIONS[allocation].options
+        fewer = next((name for name in ("generations", "rounds") if name in options), None)
+        lower = f"Fewer, as in --set prune.options.{fewer}=10, read it less; " if fewer else ""
+        raise RecipeError(
+            f"prune.allocation: {allocation} would read the checkpoint {cost.num_reads:,} times, "
+            f"once per walk, where {step.max_reads} are allowed. {lower}"
+            f"--set prune.max_reads={cost.num_reads} allows it."
+        )
 
 
 def _channels(

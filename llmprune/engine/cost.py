@@ -25,6 +25,7 @@ LIBRARIES = 340_000_000  # anonymous pages of torch, transformers and datasets a
 GATE_LIBRARIES = 330_000_000  # the fresh process of the gate, without datasets
 ACTIVATIONS = 64_000_000  # a micro-batch may always use this much
 DEVICE_TOKENS = 16384  # a micro-batch on an accelerator holds no more tokens
+PROBE_ROOM = 512_000_000  # hidden states of candidates may always use this much
 WEIGHT_RATE = 0.3e9  # bytes per second that a weight-only cut reads, masks, hashes and writes
 
 
@@ -50,12 +51,15 @@ class Shape:
 class Survey:
     """What is read before the first cut: how often, of how many ranked linears, with tokens or not.
 
-    A ranked linear leaves a histogram until all are seen.
+    A ranked linear leaves a histogram until all are seen. `rounds` are the candidates of every
+    round of probing, `moments` the values per weight that a backward survey collects.
     """
 
     num_reads: int
     num_linears: int
     forward: bool
+    rounds: tuple[int, ...] = ()
+    moments: int = 0
 
     @property
     def held_bytes(self) -> int:
@@ -81,6 +85,10 @@ class Estimate:
     cut_seconds: float
     evaluate_seconds: float
     resume_seconds: float
+    probe_at_once: int = 1
+    num_candidates: int = 0
+    gradient_bytes: int = 0
+    gradient_place: Place = "host"
 
 
 def estimate(
@@ -98,11 +106,13 @@ def estimate(
     rate: float,
     survey: Survey | None = None,
     statistics_bytes: int = 0,
+    single: bool = False,
 ) -> Estimate:
     """Estimate a run; `itemsize` is that of the dtype that blocks are held in, `rate` in FLOP/s.
 
     `statistics_bytes` is what the statistics of the largest block take up; where that is more than
-    a quarter of what may be used, the block is observed in rounds.
+    a quarter of what may be used, the block is observed in rounds. With `single` every micro-batch
+    is one sequence.
 
     Raises:
         TooLarge: it does not fit the memory that there is, or that --max-memory allows.
@@ -114,15 +124,25 @@ def estimate(
     per_token = (8 * shape.hidden_size + 4 * shape.widest) * itemsize
     per_token += 3 * shape.eager_heads * seq_len * itemsize
     micro = micro_batch(shape, per_token, seq_len, num_samples, itemsize, device_budget, on_host)
-    micro = micro if forward else 1
+    micro = micro if forward and not single else 1
     hidden = num_samples * seq_len * shape.hidden_size * itemsize if forward else 0
     activations = micro * seq_len * per_token if forward else 0
     learnt = min(statistics_bytes, max(ACTIVATIONS, device_budget // 4))
     block = shape.block_params * itemsize
     at_once = min(torch.get_num_threads() * shape.largest_linear, shape.block_params)
     deciding = at_once * (4 + 4 + 2)  # score, its copy for the k-th value, masks
+    survey = survey or Survey(num_reads=0, num_linears=0, forward=False)
+    graph = 3 * seq_len * per_token + LOGITS * 8  # what autograd keeps of one sequence
+    backward = block * 2 + survey.moments * shape.block_params * 4 + graph if survey.moments else 0
+    each = min(16, max(1, num_samples // 8)) * seq_len * shape.hidden_size * itemsize
+    num_candidates = max(survey.rounds, default=0)
+    at_once = max(1, min(num_candidates, max(PROBE_ROOM, host_budget // 8) // each))
+    states = (min(at_once, num_candidates) + 2) * each if survey.rounds else 0
+    walks = sum(-(-num // at_once) for num in survey.rounds) + 2 * bool(survey.moments)
     working = max(
         block + learnt + max(activations, deciding + shape.largest_shard),
+        backward,
+        block + states + activations,
         (shape.entrance_params * itemsize if forward else 0) + activations,
         shape.exit_params * itemsize + 3 * LOGITS * 4 if eval_tokens else 0,
     )
@@ -131,7 +151,7 @@ def estimate(
     alone = 2 * max(shape.exit_params, shape.largest_linear) * 4  # one module at a time, and a copy
     gate = base + max(shape.block_params * 4 + activations, GATE_LIBRARIES + alone)
     fixed = base + (working if on_host else shape.largest_shard + deciding)
-    fixed += survey.held_bytes if survey else 0
+    fixed += survey.held_bytes
     if place == "host" and fixed + hidden > host_budget:
         place = "disk"
     host = max(fixed + (hidden if place == "host" else 0), gate)
@@ -142,9 +162,14 @@ def estimate(
     gate_disk = converted_params * 4  # tensors that change shape on load are laid out anew
     flops = 2 * shape.linear_params * shape.num_blocks
     tokens = num_samples * seq_len if forward else 0
-    reads = survey.num_reads if survey else 0
-    passing = 1.85 * flops * tokens / rate if survey and survey.forward else 0.0
+    reads = survey.num_reads + walks
+    passing = 1.85 * flops * tokens / rate if survey.forward else 0.0
     head = 2 * shape.exit_params
+    probing = sum(survey.rounds) * (each / shape.hidden_size / itemsize) * (flops + head) / rate
+    surveying = survey.num_reads * passing + probing
+    surveying += 4 * flops * tokens / rate if survey.moments else 0.0
+    saved = hidden * (shape.num_blocks + 1) if survey.moments else 0
+    spill: Place = "host" if host + saved < host_budget else "disk"
     return Estimate(
         micro_batch=micro,
         statistics_bytes=learnt,
@@ -155,13 +180,18 @@ def estimate(
         out_bytes=shape.stored_bytes - removed_bytes,
         disk_bytes=shape.stored_bytes
         - removed_bytes
-        + max(hidden if place == "disk" else 0, gate_disk),
+        + max(hidden if place == "disk" else 0, saved if spill == "disk" else 0, gate_disk)
+        + survey.moments * 4 * shape.linear_params * shape.num_blocks,
         read_bytes=shape.stored_bytes * (1 + reads),
         num_reads=1 + reads,
-        survey_seconds=reads * (passing + shape.stored_bytes / WEIGHT_RATE),
+        survey_seconds=surveying + reads * shape.stored_bytes / WEIGHT_RATE,
         cut_seconds=1.85 * flops * tokens / rate + shape.stored_bytes / WEIGHT_RATE,
         evaluate_seconds=2 * (flops + head) * eval_tokens / rate,
         resume_seconds=flops * tokens / rate,
+        probe_at_once=at_once,
+        num_candidates=sum(survey.rounds),
+        gradient_bytes=saved,
+        gradient_place=spill,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -19,15 +19,28 @@ from llmprune.base.progress import Progress
 from llmprune.calibration.replay import call
 from llmprune.engine.plan import Plan
 from llmprune.engine.solving import EMPTY, Cutter, Outcome
+from llmprune.repair import REPAIRS
+from llmprune.repair.types import Work
+from llmprune.stats.types import Stats
 from llmprune.walk.block import Block, Blocks
 from llmprune.walk.forward import Stream, advance, check_activation
 from llmprune.walk.observation import Seen, in_rounds, observe
+from llmprune.walk.regional import regional_squares
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 RUNAWAY = 1.0
+ACCEPTED = 0.9  # where fewer rows are better for their update, something is wrong
 Prior = Mapping[str, "Tensor"]
+Learnt = Mapping[str, Stats]
+
+
+class Known(NamedTuple):
+    """What is known of a block before it is opened: masks of earlier prunings, gradients."""
+
+    masks: Prior
+    learnt: Learnt
 
 
 class Target(Blocks, Protocol):
@@ -60,11 +73,12 @@ def cut(
     progress: Progress,
     *,
     prior: Callable[[int], Prior] = lambda index: {},
+    gradients: Callable[[int], Learnt] = lambda index: {},
 ) -> tuple[list[dict[str, Any]], int | None]:
     """Cut all blocks that are not whole yet; return every block's record, and the last whole one.
 
     `stream` is absent for methods that look at weights alone; `prior` gives the masks of earlier
-    prunings of a block.
+    prunings of a block, and `gradients` what a backward survey learnt of its linears.
     """
     records = [keeper.whole(index) for index in range(len(blocks))]
     done = [record is not None for record in records]
@@ -78,7 +92,8 @@ def cut(
         for index, record in enumerate(records):
             if record is None:
                 more = not all(done[index + 1 :])
-                record = _cut_block(plan, cutter, blocks, stream, keeper, index, prior, more)
+                known = Known(prior(index), gradients(index))
+                record = _cut_block(plan, cutter, blocks, stream, keeper, index, known, more)
                 _report(record, progress)
             elif stream is not None and not all(done[index:]):
                 _pass_through(plan, blocks, stream, index)
@@ -111,21 +126,23 @@ def _cut_block(
     stream: Stream | None,
     keeper: Keeper,
     index: int,
-    prior: Callable[[int], Prior],
+    known: Known,
     more: bool,
 ) -> dict[str, Any]:
     """Observe, decide and commit one block, then pass the hidden states through what is stored."""
     seconds: dict[str, float] = {}
-    outcome = Outcome()
     first = None if stream is None else stream.hidden.get(0, blocks.device).clone()
     with blocks.open(index) as block:
-        masks = prior(index)
         for site in (site for group in plan.groups[index] for site in group.sites):
             for span in site.spans:
                 block.check_finite(span.linear)
-        dense_output = _decide(plan, cutter, block, stream, masks, outcome, seconds)
+        decide = partial(_decide, plan, cutter, block, stream, known, seconds)
+        if plan.method.repair is None:
+            outcome, dense_output = decide()
+        else:
+            outcome, dense_output = _repaired(plan, block, stream, decide, seconds)
         with _timed(seconds, "solve"):
-            outcome.carry(masks)
+            outcome.carry(known.masks)
         with _timed(seconds, "write"):
             redo = None if cutter.updates else partial(cutter.redo, outcome=outcome)
             shard = blocks.commit(block, outcome.touched, redo)
@@ -144,6 +161,7 @@ def _cut_block(
             "sparsity": removed / weights if weights else 0.0,
             "error": error,
             "sites": outcome.rows,
+            **({"repair": outcome.facts} if outcome.facts else {}),
             "seconds": seconds,
             "memory": max(peak, anonymous_bytes()),
         },
@@ -155,15 +173,19 @@ def _decide(
     cutter: Cutter,
     block: Block,
     stream: Stream | None,
-    masks: Prior,
-    outcome: Outcome,
+    known: Known,
     seconds: dict[str, float],
-) -> Tensor | None:
+) -> tuple[Outcome, Tensor | None]:
     """Observe and cut the groups of a block, in as many rounds as their statistics need.
 
     All rounds see the block as it was: with more than one, new weights wait until the last.
-    Returns the dense output of the first micro-batch, where tokens flow.
+    Returns the dense output of the first micro-batch too, where tokens flow.
     """
+    outcome, learnt = Outcome(), known.learnt
+    if plan.parts.regional:
+        assert stream is not None
+        with _timed(seconds, "gradients"):
+            learnt = {**learnt, **regional_squares(block, stream)}
     rounds = in_rounds(block.anatomy, plan.needs(block.index), plan.estimate.statistics_bytes)
     changed = block.holding() if len(rounds) > 1 else block
     seen: Seen | None = None
@@ -175,13 +197,51 @@ def _decide(
                 return_freed()
         with _timed(seconds, "solve"):
             for group in plan.groups[block.index]:
-                if seen is None or group.tap in needs:
-                    stats = seen.stats[group.tap] if seen else EMPTY
-                    cutter.cut(group, changed, stats, masks, outcome)
+                if seen is None or not plan.parts.cut or group.tap in needs:
+                    stats = seen.stats.get(group.tap, EMPTY) if seen else EMPTY
+                    cutter.cut(group, changed, stats, known.masks, outcome, learnt)
                     if sum(site.num_weights for site in group.sites) > LARGE_PIECE:
                         return_freed()
     changed.settle()
-    return seen.dense_output if seen else None
+    cutter.reorder_writers(block, outcome)
+    return outcome, seen.dense_output if seen else None
+
+
+def _repaired(
+    plan: Plan,
+    block: Block,
+    stream: Stream | None,
+    decide: Callable[[], tuple[Outcome, Tensor | None]],
+    seconds: dict[str, float],
+) -> tuple[Outcome, Tensor | None]:
+    """Cut a block and improve it in place; weights are rounded to what is stored at the end."""
+    repair = REPAIRS[str(plan.method.repair)]
+    assert stream is not None
+    options = plan.options_of(repair.options)
+    seed = plan.recipe.seed + block.index
+    with _timed(seconds, "repair"):
+        seen = repair.watch(block, stream, options, seed)
+    found = [decide()]
+
+    def again() -> dict[str, Tensor]:
+        found.append((decide()[0], found[0][1]))
+        return found[-1][0].keeps(block)
+
+    work = Work(
+        block=block,
+        stream=stream,
+        seen=seen,
+        keep=found[0][0].keeps(block),
+        decide=again,
+        seed=seed,
+        options=options,
+    )
+    with _timed(seconds, "repair"):
+        facts = repair.fn(work)
+        outcome, dense_output = found[-1]
+        outcome.facts.update(facts)
+        outcome.touched |= block.rounded(outcome.touched, plan.stored)
+    return outcome, dense_output
 
 
 def _advance(
@@ -218,13 +278,31 @@ def _report(record: Mapping[str, Any], progress: Progress) -> None:
             f"{record['error']:.2f} times its size; the result will be poor. Ask for a lower "
             "--sparsity."
         )
-    fallen = [row["site"] for row in record["sites"] if row.get("fallback")]
-    if fallen:
-        progress.warn(
-            f"block {record['block']}: {len(fallen)} linears saw no token and were pruned by "
-            f"magnitude ({fallen[0]}{', ...' if len(fallen) > 1 else ''}); more --num-samples "
-            "would reach them."
-        )
+    _warn_of(
+        record, "fallback", "were pruned by {why}; more --num-samples would reach them", progress
+    )
+    _warn_of(
+        record,
+        "degraded",
+        "have inputs that no damping makes invertible: they got Wanda's mask and no update",
+        progress,
+    )
+    for row in record["sites"]:
+        if row.get("accepted", 1.0) < ACCEPTED:
+            progress.warn(
+                f"{row['site']}: only {100 * row['accepted']:.0f} % of the rows are better for "
+                "their update; the others were zeroed only. More --num-samples, or a higher "
+                "--set prune.damping, make updates sounder."
+            )
+
+
+def _warn_of(record: Mapping[str, Any], key: str, what: str, progress: Progress) -> None:
+    """Warn of the linears of a block whose row of the report has a key."""
+    found = [row for row in record["sites"] if row.get(key)]
+    if found:
+        first = f"{found[0]['site']}{', ...' if len(found) > 1 else ''}"
+        why = what.format(why=found[0][key])
+        progress.warn(f"block {record['block']}: {len(found)} linears ({first}) {why}.")
 
 
 class _timed:

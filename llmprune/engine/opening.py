@@ -16,6 +16,7 @@ from llmprune.catalog import METHODS
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.skeleton import build_skeleton, read_config
 from llmprune.checkpoint.source import Source
+from llmprune.engine.gradients import check_backward
 from llmprune.engine.plan import Plan, make_plan
 from llmprune.engine.shapes import Anatomies
 from llmprune.walk.rewriting import DTYPE_NAMES
@@ -35,12 +36,15 @@ class Opened:
 
 
 def default_out(recipe: Recipe) -> Path:
-    """Return the folder of a result: model, method and amount, in the working directory."""
+    """Return the folder of a result: model, method or effort, and amount, in the working folder."""
     name = Path(recipe.model.rstrip("/")).name
     pattern = recipe.prune.pattern
     amount = pattern.replace(":", "of") if ":" in pattern else f"{recipe.prune.sparsity:g}"
     kind = "" if pattern == "unstructured" or ":" in pattern else f"-{pattern}"
-    return Path(f"{name}-{recipe.prune.method}{kind}-{amount}")
+    step = recipe.prune
+    if step.target:
+        amount = "ppl" + step.target["ppl"].replace("%", "pc").replace("+", "-").replace(" ", "")
+    return Path(f"{name}-{step.effort or step.method}{kind}-{amount}")
 
 
 def choose_device(name: str) -> torch.device:
@@ -121,6 +125,9 @@ def open_plan(recipe: Recipe) -> Opened:
         ),
     )
     check_walk(blocks.model.config, blocks.family, trust_remote_code=recipe.trust_remote_code)
+    if plan.parts.backward:
+        config, trust = blocks.model.config, recipe.trust_remote_code
+        check_backward(config, blocks.family, trust_remote_code=trust)
     if not plan.forward:
         blocks = replace(blocks, dtype=None)
     return Opened(source=source, blocks=blocks, plan=plan)

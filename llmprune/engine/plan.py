@@ -6,13 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from llmprune.allocation import ALLOCATIONS
 from llmprune.arch.limits import longest_sequence
 from llmprune.arch.types import Site
 from llmprune.base.errors import RecipeError
-from llmprune.catalog import METHODS, Method
-from llmprune.engine.amounts import allocate, choose_allocation, num_pruned, survey_cost
+from llmprune.catalog import Method
+from llmprune.engine.amounts import (
+    allocate,
+    check_reads,
+    choose_allocation,
+    num_pruned,
+    survey_cost,
+)
 from llmprune.engine.cost import Estimate, estimate, measure_rate
+from llmprune.engine.parts import Needs, compose, needs_of, options_for, stand_in
 from llmprune.engine.shapes import (
     Anatomies,
     Skipped,
@@ -30,12 +36,15 @@ from llmprune.mask.pattern import (
     Unstructured,
     parse_pattern,
 )
+from llmprune.recipe.models import EvaluateStep
 from llmprune.score import SCORES
-from llmprune.solver import SOLVERS
+from llmprune.solver.types import Settings
+from llmprune.stats import STATISTICS
 
 if TYPE_CHECKING:
     import torch
 
+    from llmprune.allocation.types import Probe
     from llmprune.recipe import Recipe
     from llmprune.recipe.models import PruneStep
 
@@ -47,7 +56,9 @@ EVAL_SHARE = 0.25
 class Plan:
     """A run that is fully decided; its repr is the table of --dry-run.
 
-    `counts` is None where they follow from a survey, which `with_profiles` completes the plan by.
+    `counts` is None where they follow from a survey, which `with_profiles` completes the plan by;
+    `verdict` is what the survey's judgement of the allocation was, `target` how the sparsity was
+    found.
     """
 
     recipe: Recipe
@@ -65,16 +76,18 @@ class Plan:
     eligible: int
     num_params: int
     skipped: tuple[Skipped, ...]
-    cut_needs: tuple[str, ...]
-    survey_needs: tuple[str, ...]
+    parts: Needs
     device: torch.device
     dtype: torch.dtype
+    stored: torch.dtype
     seq_len: int
     num_samples: int
     eval_windows: int
     config_changes: Mapping[str, int]
     estimate: Estimate
     notes: tuple[str, ...] = field(default=())
+    verdict: Mapping[str, Any] | None = None
+    target: Mapping[str, Any] | None = None
 
     @property
     def prune(self) -> PruneStep:
@@ -87,7 +100,7 @@ class Plan:
     @property
     def forward(self) -> bool:
         """Tell whether tokens flow: not for methods that look at weights alone."""
-        return bool(self.cut_needs or self.survey_needs)
+        return self.parts.tokens
 
     @property
     def draws(self) -> bool:
@@ -113,30 +126,75 @@ class Plan:
 
     def needs(self, index: int) -> dict[str, tuple[str, ...]]:
         """Return the statistics that each tap of a block must give."""
-        return {group.tap: self.cut_needs for group in self.groups[index]} if self.cut_needs else {}
+        needs = self.parts.cut
+        return {group.tap: needs for group in self.groups[index]} if needs else {}
 
-    def with_profiles(self, profiles: Mapping[str, torch.Tensor]) -> Plan:
+    def options_of(self, defaults: Mapping[str, float]) -> dict[str, float]:
+        """Return the numbers of one part of the run."""
+        return options_for(self.prune.options, defaults)
+
+    @property
+    def probe_needs(self) -> tuple[str, ...]:
+        """Return the statistics of taps that candidates are masked by, where any are probed."""
+        if not self.parts.probes:
+            return ()
+        needs = SCORES[stand_in(self.method.score)].learnt
+        return tuple(name for name in needs if STATISTICS[name].observe == "tap")
+
+    def with_profiles(
+        self, profiles: Mapping[str, torch.Tensor], probe: Probe | None = None
+    ) -> Plan:
         """Return the plan with the counts that follow from a survey."""
+        return self._allocated(self.allocation, profiles, probe)
+
+    def with_allocation(self, name: str) -> Plan:
+        """Return the plan with the counts of an allocation that needs no survey."""
+        return self._allocated(name, {}, None)
+
+    def recounted(self) -> Plan:
+        """Return the plan with the counts of its recipe as it is now; None awaits a survey."""
+        step, sites = self.prune, self.sites
+        return replace(
+            self, counts=allocate(step, self.allocation, self.pattern, sites, self.eligible)
+        )
+
+    def _allocated(
+        self, name: str, profiles: Mapping[str, torch.Tensor], probe: Probe | None
+    ) -> Plan:
         counts = allocate(
             self.prune,
-            self.allocation,
+            name,
             self.pattern,
             self.sites,
             self.eligible,
             profiles=profiles,
+            probe=probe,
+            seed=self.recipe.seed,
+            surveyed=True,
         )
         return replace(self, counts=counts)
 
+    def masker(self) -> Cutter:
+        """Return what candidates are cut by: masks alone, without updates, on dense statistics."""
+        score = stand_in(self.method.score)
+        method = replace(self.method, score=score, solver="zero", refine=None, repair=None)
+        group = self.group if score == self.method.score else "row"
+        options = self.options_of(SCORES[score].options)
+        return replace(self.cutter(), method=method, group=group, options=options, permute=False)
+
     def cutter(self) -> Cutter:
-        """Return what decides each group; the counts must be known."""
-        assert self.counts is not None
+        """Return what decides each group."""
         return Cutter(
             method=self.method,
             pattern=self.pattern,
             group=self.group,
             shrink=self.form == "shrunk",
-            counts=self.counts,
+            counts=self.counts or {},
+            stored=self.stored,
             seed=self.recipe.seed,
+            settings=Settings(damping=self.prune.damping, damp=self.prune.damp),
+            options=self.options_of(SCORES[self.method.score].options),
+            permute=self.prune.permute,
         )
 
     def __repr__(self) -> str:
@@ -171,13 +229,11 @@ def make_plan(
         TooLarge: it does not fit the memory.
     """
     step = recipe.prune
-    method = METHODS[step.method]
     pattern = parse_pattern(step.pattern)
+    method = compose(step, pattern)
     allocation = choose_allocation(step, method, pattern)
-    profile = ALLOCATIONS[allocation].profile
     form = decide_form(step, pattern)
-    cut_needs = tuple(dict.fromkeys(SCORES[method.score].learnt + SOLVERS[method.solver].needs))
-    survey_needs = profile.needs if profile else ()
+    parts = needs_of(method, allocation, searches=step.target is not None)
     groups = tuple(
         groups_of(pattern, anatomy, block=index, prefix=prefix, skip=step.skip)
         for index, (anatomy, prefix) in enumerate(
@@ -192,7 +248,7 @@ def make_plan(
     counts = allocate(step, allocation, pattern, sites, eligible)
     num_samples = recipe.calibration.num_samples
     seq_len = sequence_length(recipe, config)
-    forward = bool(cut_needs or survey_needs)
+    forward = parts.tokens
     removed = sum(counts[site.name] * site.unit_cost for site in sites) if counts else 0
     shape = sizes_of(anatomies, config, stored_bytes, stored.itemsize)
     itemsize = dtype.itemsize if forward else stored.itemsize
@@ -210,9 +266,11 @@ def make_plan(
         removed_bytes=removed * stored.itemsize if form == "shrunk" else 0,
         converted_params=converted_params,
         rate=measure_rate(device, dtype),
-        survey=survey_cost(allocation, pattern, sites, stored) if counts is None else None,
-        statistics_bytes=most_statistics(anatomies, groups, cut_needs),
+        survey=survey_cost(step, allocation, pattern, sites, parts, stored, counts is None),
+        statistics_bytes=most_statistics(anatomies, groups, {*parts.cut, *parts.survey}),
+        single=bool(parts.regional),
     )
+    check_reads(step, allocation, cost)
     group = step.group or method.group
     return Plan(
         recipe=recipe,
@@ -230,13 +288,15 @@ def make_plan(
         eligible=eligible,
         num_params=num_params(anatomies),
         skipped=skipped,
-        cut_needs=cut_needs,
-        survey_needs=survey_needs,
+        parts=parts,
         device=device,
         dtype=dtype,
+        stored=stored,
         seq_len=seq_len,
         num_samples=num_samples,
-        eval_windows=_windows(wants.perplexity if wants else False, windows, cost),
+        eval_windows=_windows(wants.perplexity if wants else False, windows, cost)
+        if step.target is None
+        else windows or EvaluateStep().num_windows,
         config_changes=_config_changes(groups, counts) if form == "shrunk" and counts else {},
         estimate=cost,
         notes=_notes(step, group, pattern),

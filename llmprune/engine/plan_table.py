@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from llmprune.allocation import ALLOCATIONS
 from llmprune.arch.anatomy import split_index
 from llmprune.base.markup import html_facts, html_folded, html_table
 from llmprune.base.progress import human_bytes, human_count, human_seconds
@@ -39,10 +40,13 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("model", _model(plan)),
         ("method", _method(plan)),
+        *((("repairs", stages),) if (stages := _stages(plan)) else ()),
         ("allocation", _allocation(plan)),
         ("removes", _removes(plan)),
         ("result", _result(plan)),
         ("text", _text(plan)),
+        *((("gradients", text),) if (text := _gradients(plan)) else ()),
+        *((("probes", text),) if (text := _probes(plan)) else ()),
         ("walks", _walks(plan)),
         ("reads", _reads(plan)),
         ("memory", _memory(plan)),
@@ -76,7 +80,45 @@ def _allocation(plan: Plan) -> str:
             named = ", ".join(f"{glob} {share:g}" for glob, share in wished)
             return f"manual: {named}; linears not named share what is left"
     what = "counts follow from a survey of all weights"
+    if ALLOCATIONS[plan.allocation].judged:
+        what = "counts follow from a survey"
+        what += (
+            "; equal shares are used where they are no further from the dense model"
+            if plan.prune.adopt == "better"
+            else ", whether they are better than equal shares or not"
+        )
     return f"{plan.allocation}: {what}" if plan.counts is None else plan.allocation
+
+
+def _stages(plan: Plan) -> str:
+    """Return what is done to the mask before and to the block after its weights are updated."""
+    method = plan.method
+    steps = [f"masks refined by {method.refine}"] if method.refine else []
+    steps += ["channels put in order"] if plan.prune.permute else []
+    steps += [f"blocks repaired by {method.repair}"] if method.repair else []
+    return ", ".join(steps)
+
+
+def _gradients(plan: Plan) -> str:
+    """Return how gradients of the loss are collected, where any are needed."""
+    if not plan.parts.backward:
+        return ""
+    cost = plan.estimate
+    return (
+        f"{', '.join(plan.parts.backward)} of {plan.num_samples} sequences, blocks in reverse, one "
+        f"in memory; their inputs on {cost.gradient_place} ({human_bytes(cost.gradient_bytes)})"
+    )
+
+
+def _probes(plan: Plan) -> str:
+    """Return how many candidates are compared with the dense model."""
+    cost = plan.estimate
+    if not cost.num_candidates:
+        return ""
+    return (
+        f"at most {cost.num_candidates:,} candidates by KL to the dense model, "
+        f"{cost.probe_at_once} in a walk"
+    )
 
 
 def _reads(plan: Plan) -> str:
@@ -115,7 +157,10 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "form": plan.form,
         "tier": plan.tier,
         "forward": plan.forward,
-        "needs": list(plan.cut_needs),
+        "needs": list(plan.parts.names),
+        "solver": plan.method.solver,
+        "refine": plan.method.refine,
+        "repair": plan.method.repair,
         "calibration": name_of(calibration_texts(plan.recipe)) if plan.forward else None,
         "evaluation": evaluation_data(plan.recipe) if plan.eval_windows else None,
         "allocation": plan.allocation,

@@ -42,6 +42,11 @@ class Records:
     def own(self) -> Path:
         return self.partial / OWN
 
+    @property
+    def survey(self) -> Path:
+        """Where surveys keep what an interrupted run goes on from."""
+        return self.own / "records" / "survey"
+
     def run(self) -> dict[str, Any] | None:
         """Return what fixed an unfinished run, if there is one."""
         path = self.own / "run.json"

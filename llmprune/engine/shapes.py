@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,11 +115,11 @@ def sizes_of(anatomies: Anatomies, config: Any, stored_bytes: int, storage_items
 
 
 def most_statistics(
-    anatomies: Anatomies, groups: Sequence[Sequence[Group]], needs: tuple[str, ...]
+    anatomies: Anatomies, groups: Sequence[Sequence[Group]], needs: Collection[str]
 ) -> int:
     """Return what the statistics of the block that needs most take up."""
     return max(
-        statistics_bytes(anatomy, {group.tap: needs for group in here})
+        statistics_bytes(anatomy, {group.tap: tuple(needs) for group in here})
         for anatomy, here in zip(anatomies.blocks, groups, strict=True)
     )
 

@@ -76,6 +76,7 @@ def _weights(name: str, anatomy: Anatomy, block: int, prefix: str, pattern: Patt
         spans=(Span(linear=name, axis="weight"),),
         num_units=rows * columns // size,
         unit_cost=size,
+        shape=(rows, columns),
     )
 
 

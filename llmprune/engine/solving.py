@@ -1,13 +1,13 @@
-"""One group of one block: score, pool, choose, solve, and (for units) shrink or zero.
+"""One group of one block: score, choose, refine, solve, and (for units) shrink or zero.
 
-Legend: O outputs, I inputs, U units.
+Legend: O outputs, I inputs, C columns asked for, U units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -19,18 +19,22 @@ from llmprune.mask.packed import PackedMask, pack, unpack
 from llmprune.mask.pattern import (
     Channels,
     GroupName,
+    NofM,
     Pattern,
     Tiles,
     choose_keep,
     pool,
     tiles_kept,
 )
+from llmprune.mask.permutation import permute_columns
 from llmprune.mask.pieces import PIECE
 from llmprune.mask.rank import keep_highest
 from llmprune.score import SCORES
 from llmprune.score.noise import seed_of
-from llmprune.solver import SOLVERS
-from llmprune.solver.types import Choose
+from llmprune.solver import REFINEMENTS, SOLVERS
+from llmprune.solver.acceptance import accept
+from llmprune.solver.errors import relative_error
+from llmprune.solver.types import Choose, Fact, Settings, Solved
 from llmprune.stats.types import Stats
 from llmprune.walk.block import Block
 
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
 
 NO_TOKENS = "magnitude (no token reached it)"
 EMPTY = Stats(num_tokens=0, values={})
+BLOCK_COLUMNS = 128  # judged together by a score that adapts, where the pattern does not say
 
 
 @dataclass(kw_only=True)
@@ -49,11 +54,20 @@ class Outcome:
     masks: dict[str, PackedMask] = field(default_factory=dict)
     kept_units: dict[str, Tensor] = field(default_factory=dict)
     cut_out: list[tuple[Coupling, Tensor]] = field(default_factory=list)
+    permuted: list[tuple[Coupling, Tensor]] = field(default_factory=list)
     touched: set[str] = field(default_factory=set)
+    facts: dict[str, Fact] = field(default_factory=dict)
 
     def keep(self, linear: str, keep_OI: Tensor) -> None:
         """Keep the mask of a linear, packed: eight masks of a block take the room of one."""
         self.masks[linear] = PackedMask(pack(keep_OI), tuple(keep_OI.shape))
+
+    def keeps(self, block: Block) -> dict[str, Tensor]:
+        """Return the masks keep_OI of a block by linear, names relative to it, on its device."""
+        return {
+            linear.removeprefix(block.prefix): unpack(mask.bits, mask.shape).to(block.device)
+            for linear, mask in self.masks.items()
+        }
 
     def carry(self, prior: Mapping[str, Tensor]) -> None:
         """Keep the masks of an earlier pruning where this one decided nothing."""
@@ -61,11 +75,21 @@ class Outcome:
             self.keep(linear, prior[linear])
 
 
+class Parts(NamedTuple):
+    """The score and solver that a group is cut with, and why they are not the method's own."""
+
+    score: str
+    solver: str
+    refine: str | None
+    fallback: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cutter:
     """All that decides a group: method, pattern, counts, whether units are cut out or zeroed.
 
-    `seed` is that of the run; scores that draw numbers get one of their own per linear.
+    `seed` is that of the run; scores that draw numbers get one of their own per linear. `stored` is
+    the dtype that weights are written in, which updated ones are rounded to before they are judged.
     """
 
     method: Method
@@ -73,7 +97,11 @@ class Cutter:
     group: GroupName
     shrink: bool
     counts: Mapping[str, int]
+    stored: torch.dtype
     seed: int = 0
+    settings: Settings = field(default_factory=Settings)
+    options: Mapping[str, float] = field(default_factory=dict)
+    permute: bool = False
 
     def cut(
         self,
@@ -82,27 +110,44 @@ class Cutter:
         stats: Stats,
         prior: Mapping[str, Tensor],
         outcome: Outcome,
+        learnt: Mapping[str, Stats] | None = None,
     ) -> None:
-        """Decide and carry out one group; `prior` is the keep_OI of earlier prunings by linear."""
+        """Decide and carry out one group.
+
+        `prior` is the keep_OI of earlier prunings by linear; `learnt` what is known of single
+        linears (names relative to the block) beside the statistics of the tap.
+        """
         if group.coupling is None:
-            self._cut_weights(group, block, stats, prior, outcome)
+            self._cut_weights(group, block, stats, prior, outcome, learnt or {})
         else:
             self._cut_units(group, block, stats, prior, outcome)
 
     @property
     def updates(self) -> bool:
         """Tell whether weights that stay may change."""
-        return SOLVERS[self.method.solver].updates
+        return SOLVERS[self.method.solver].updates or self.method.repair is not None
 
     def redo(self, block: Block, outcome: Outcome) -> None:
         """Carry the same decisions out on another copy of the block, without deciding again."""
         for coupling, kept in outcome.cut_out:
             block.shrink(coupling, kept)
+        for coupling, order in outcome.permuted:
+            block.permute(coupling, order)
         if not outcome.cut_out:
             for linear, mask in outcome.masks.items():
                 name = linear.removeprefix(block.prefix)
                 keep_OI = unpack(mask.bits, mask.shape).to(block.device)
                 block.replace(name, masked(block.weight(name), keep_OI))
+
+    def reorder_writers(self, block: Block, outcome: Outcome) -> None:
+        """Put the rows of linears in the order that their readers' columns were put into."""
+        for coupling, order_U in outcome.permuted:
+            outcome.touched |= block.permute(coupling, order_U, written_only=True)
+            for span in coupling.spans:
+                mask = outcome.masks.get(block.prefix + span.linear)
+                if span.axis == "out" and mask is not None:
+                    keep_OI = unpack(mask.bits, mask.shape)
+                    outcome.keep(block.prefix + span.linear, keep_OI[order_U.cpu()])
 
     def _cut_weights(
         self,
@@ -111,40 +156,186 @@ class Cutter:
         stats: Stats,
         prior: Mapping[str, Tensor],
         outcome: Outcome,
+        learnt: Mapping[str, Stats],
     ) -> None:
-        assert not isinstance(self.pattern, Channels)
-        score, fallback = self._score(stats)
+        parts = self._parts(stats, group)
         weights = {site.name: block.weight(site.spans[0].linear) for site in group.sites}
+        if self.permute and isinstance(self.pattern, NofM):
+            stats, prior = self._reorder(group, block, parts, weights, stats, prior, outcome)
         chooses: dict[str, Choose] = {}
-        errors: dict[str, float | None] = {}
+        stages: dict[str, dict[str, float]] = {site.name: {} for site in group.sites}
         for site in group.sites:
-            score_OI = self._scores(score, weights[site.name], stats, site.name)
-            if site.name in prior:
-                score_OI.masked_fill_(~prior[site.name].to(score_OI.device), -torch.inf)
-            count = self.counts[site.name]
-            keep_OI = choose_keep(self.pattern, score_OI, count, self.group, self.method.pool)
-            if site.name in prior:
-                keep_OI &= prior[site.name].to(keep_OI.device)
-            chooses[site.name] = _answer(keep_OI)
-            errors[site.name] = _diagonal_error(weights[site.name], keep_OI, stats)
-            del score_OI
-        solver = SOLVERS[self.method.solver].fn
-        for site, solved in zip(
-            group.sites, solver(weights, {group.tap: stats}, chooses).values(), strict=True
-        ):
-            block.replace(site.spans[0].linear, solved.weight_OI)
-            outcome.keep(site.name, solved.keep_OI)
+            known = join(stats, learnt.get(site.spans[0].linear))
+            chooses[site.name] = self._choose(
+                site, parts, weights[site.name], known, prior.get(site.name)
+            )
+        if parts.refine is not None:
+            chooses = self._refined(parts, weights, stats, chooses, stages)
+        solver = SOLVERS[parts.solver]
+        solved = solver.fn(weights, stats, chooses, self.settings)
+        for site in group.sites:
+            weight_OI, result = weights[site.name], solved[site.name]
+            if solver.updates:
+                result = self._accepted(weight_OI, result, stats, stages[site.name])
+            block.replace(site.spans[0].linear, result.weight_OI.to(weight_OI.dtype))
+            outcome.keep(site.name, result.keep_OI)
             outcome.touched |= block.params_of({site.spans[0].linear})
             outcome.rows.append(
                 _row(
                     site,
-                    self._removed_units(solved.keep_OI),
+                    self._removed_units(result.keep_OI),
                     stats,
-                    fallback,
-                    errors[site.name],
-                    weights=solved.keep_OI.numel() - int(solved.keep_OI.count_nonzero()),
+                    parts.fallback,
+                    _error(weight_OI, result, stats),
+                    weights=result.keep_OI.numel() - int(result.keep_OI.count_nonzero()),
+                    facts={**result.facts, **({"stages": s} if (s := stages[site.name]) else {})},
                 )
             )
+
+    def _parts(self, stats: Stats, group: Group) -> Parts:
+        """Return the score and solver to use: simpler ones where too few tokens were seen."""
+        method, columns = self.method, (group.sites[0].shape or (0, 0))[1]
+        learnt = {*SCORES[method.score].learnt, *SOLVERS[method.solver].needs}
+        own = Parts(method.score, method.solver, method.refine)
+        if not learnt:
+            return own
+        if stats.num_tokens == 0:
+            return Parts("magnitude", "zero", None, NO_TOKENS)
+        if "gram" in stats.values and stats.num_tokens < columns:
+            score = "wanda" if SCORES[method.score].adaptive else method.score
+            why = f"{score} ({stats.num_tokens} tokens for {columns} columns)"
+            return Parts(score, "zero", None, why)
+        return own
+
+    def _choose(
+        self, site: Site, parts: Parts, weight_OI: Tensor, stats: Stats, prior_OI: Tensor | None
+    ) -> Choose:
+        """Return how a linear's mask is chosen: at once, or column by column as a solver asks."""
+        assert not isinstance(self.pattern, Channels)
+        if SCORES[parts.score].adaptive:
+            return self._adaptive(site, parts.score, prior_OI)
+        score_OI = self._scores(parts.score, weight_OI, stats, site.name)
+        if prior_OI is not None:
+            score_OI.masked_fill_(~prior_OI.to(score_OI.device), -torch.inf)
+        count = self.counts[site.name]
+        keep_OI = choose_keep(self.pattern, score_OI, count, self.group, self.method.pool)
+        if prior_OI is not None:
+            keep_OI &= prior_OI.to(keep_OI.device)
+        return decided(keep_OI)
+
+    def _adaptive(self, site: Site, score: str, prior_OI: Tensor | None) -> Choose:
+        """Return a choice for the columns asked for, such that the linear's total is its count.
+
+        Where an earlier pruning took more of some columns than their part, the columns that follow
+        lose less.
+        """
+        pattern, total = self.pattern, self.counts[site.name]
+        assert site.shape is not None and not isinstance(pattern, Channels)
+        height, width = site.shape
+        removed = [0]
+
+        def choose(weight_OC: Tensor, cols: slice, curvature_C: Tensor | None) -> Tensor:
+            assert curvature_C is not None
+            given = Stats(num_tokens=0, values={"curvature": curvature_C})
+            score_OC = SCORES[score].fn(weight_OC, given)
+            if cols.start == 0:
+                removed[0] = 0
+            due = (2 * total * cols.stop + width) // (2 * width) - removed[0]
+            earlier = 0
+            if prior_OI is not None:
+                kept_OC = prior_OI[:, cols].to(score_OC.device)
+                score_OC.masked_fill_(~kept_OC, -torch.inf)
+                gone_OC = (
+                    kept_OC if not isinstance(pattern, Tiles) else tiles_kept(kept_OC, pattern)
+                )
+                earlier = gone_OC.numel() - int(gone_OC.count_nonzero())
+            num_units = height * (cols.stop - cols.start) // site.unit_cost
+            count = total * (cols.stop - cols.start) // width
+            if not isinstance(pattern, NofM):
+                count = min(max(due, earlier), num_units)
+            removed[0] += count
+            keep_OC = choose_keep(pattern, score_OC, count, self.group, self.method.pool)
+            return keep_OC if prior_OI is None else keep_OC & kept_OC
+
+        return Choose(fn=choose, adaptive=True, columns=self._columns())
+
+    def _columns(self) -> int:
+        """Return how many columns a score that adapts judges together."""
+        match self.pattern:
+            case NofM(m=m):
+                return m
+            case Tiles(width=width):
+                return max(width, BLOCK_COLUMNS // width * width)
+        return BLOCK_COLUMNS
+
+    def _refined(
+        self,
+        parts: Parts,
+        weights: Mapping[str, Tensor],
+        stats: Stats,
+        chooses: Mapping[str, Choose],
+        stages: Mapping[str, dict[str, float]],
+    ) -> dict[str, Choose]:
+        """Return fixed choices of masks with kept and pruned weights exchanged for the better."""
+        assert parts.refine is not None
+        within = self.pattern.m if isinstance(self.pattern, NofM) else None
+        if any(choose.adaptive for choose in chooses.values()):
+            solved = SOLVERS[parts.solver].fn(weights, stats, chooses, self.settings)
+            keeps = {name: each.keep_OI for name, each in solved.items()}
+        else:
+            keeps = {name: choose.whole(weights[name]) for name, choose in chooses.items()}
+        refined = {}
+        for name, keep_OI in keeps.items():
+            weight_OI = weights[name]
+            better_OI = REFINEMENTS[parts.refine].fn(weight_OI, keep_OI, stats, within)
+            for stage, mask_OI in (("zeroed", keep_OI), (parts.refine, better_OI)):
+                error = _error(weight_OI, Solved(masked(weight_OI, mask_OI), mask_OI), stats)
+                if error is not None:
+                    stages[name][stage] = error
+            refined[name] = decided(better_OI)
+        return refined
+
+    def _accepted(
+        self, weight_OI: Tensor, solved: Solved, stats: Stats, stages: dict[str, float]
+    ) -> Solved:
+        """Return what is stored of an update: rows that it made worse are zeroed only."""
+        zeroed = Solved(masked(weight_OI, solved.keep_OI), solved.keep_OI)
+        stages["masked"] = _error(weight_OI, zeroed, stats) or 0.0
+        kept, share = accept(weight_OI, solved, stats["gram"], self.stored)
+        stages["updated"] = _error(weight_OI, kept, stats) or 0.0
+        return kept._replace(facts={**solved.facts, "accepted": share})
+
+    def _reorder(
+        self,
+        group: Group,
+        block: Block,
+        parts: Parts,
+        weights: dict[str, Tensor],
+        stats: Stats,
+        prior: Mapping[str, Tensor],
+        outcome: Outcome,
+    ) -> tuple[Stats, Mapping[str, Tensor]]:
+        """Put the inputs of a linear whose writers can follow into an order that keeps more.
+
+        The linears that write these inputs are put in the same order once the block is decided, so
+        the block computes what it did.
+        """
+        assert isinstance(self.pattern, NofM)
+        if len(group.sites) != 1:
+            return stats, prior
+        (site,) = group.sites
+        linear = site.spans[0].linear
+        coupling = block.coupling_read_by(linear)
+        if coupling is None:
+            return stats, prior
+        score = parts.score if not SCORES[parts.score].adaptive else "wanda"
+        score_OI = self._scores(score, weights[site.name], with_diagonal(stats), site.name)
+        order_I = permute_columns(score_OI, self.pattern.n, self.pattern.m)
+        weights[site.name] = weights[site.name].index_select(1, order_I)
+        if site.name in prior:
+            prior = {**prior, site.name: prior[site.name].index_select(1, order_I.cpu())}
+        outcome.permuted.append((coupling, order_I))
+        return reordered(stats, order_I), prior
 
     def _cut_units(
         self,
@@ -156,9 +347,9 @@ class Cutter:
     ) -> None:
         assert group.coupling is not None
         (site,) = group.sites
-        score, fallback = self._score(stats)
+        parts = self._parts(stats, group)
         reader = next(span.linear for span in site.spans if span.axis == "in")
-        score_OU = self._scores(score, block.weight(reader), stats, block.prefix + reader)
+        score_OU = self._scores(parts.score, block.weight(reader), stats, block.prefix + reader)
         unit_score_U = pool(score_OU, self.method.pool)
         count = self.counts[site.name]
         keep_U = keep_highest(unit_score_U[None], torch.tensor([count]))[0]
@@ -181,20 +372,16 @@ class Cutter:
                 keep_OI = keep_OI if earlier is None else keep_OI & earlier.to(keep_OI.device)
                 outcome.keep(block.prefix + span.linear, keep_OI)
                 outcome.touched |= block.params_of({span.linear})
-        outcome.rows.append(_row(site, count, stats, fallback, None))
-
-    def _score(self, stats: Stats) -> tuple[str, str | None]:
-        """Return the score to use: magnitude where activations are needed and none were seen."""
-        if SCORES[self.method.score].learnt and stats.num_tokens == 0:
-            return "magnitude", NO_TOKENS
-        return self.method.score, None
+        outcome.rows.append(_row(site, count, stats, parts.fallback, None))
 
     def _scores(self, score: str, weight_OI: Tensor, stats: Stats, linear: str) -> Tensor:
         """Return score_OI of one linear, known by its full name."""
         if "seed" in SCORES[score].needs:
             values = {**stats.values, "seed": seed_of(self.seed, linear)}
             stats = replace(stats, values=values)
-        return SCORES[score].fn(weight_OI, stats)
+        options = self.options if score == self.method.score else {}
+        found: Tensor = SCORES[score].fn(weight_OI, with_diagonal(stats), **options)
+        return found
 
     def _removed_units(self, keep_OI: Tensor) -> int:
         """Return how many weights, or whole tiles, a mask leaves out."""
@@ -203,27 +390,52 @@ class Cutter:
         return keep_OI.numel() - int(keep_OI.count_nonzero())
 
 
-def _answer(keep_OI: Tensor) -> Choose:
-    """Return the choice of a score that does not adapt: decided once, the same for every call."""
+def decided(keep_OI: Tensor) -> Choose:
+    """Return the choice of a mask that was decided once: the same for every question."""
 
     def choose(weight_OC: Tensor, cols: slice, curvature_C: Tensor | None) -> Tensor:
         return keep_OI[:, cols]
 
-    return choose
+    return Choose(fn=choose)
 
 
-def _diagonal_error(weight_OI: Tensor, keep_OI: Tensor, stats: Stats) -> float | None:
-    """Return the relative error of a linear's output if its inputs were uncorrelated.
+def join(stats: Stats, own: Stats | None) -> Stats:
+    """Return the statistics of a tap together with what is known of one of its linears."""
+    if own is None:
+        return stats
+    return replace(stats, values={**stats.values, **own.values}, num_sequences=own.num_sequences)
 
-    The square root of sum(w^2 q over removed weights) / sum(w^2 q), with q = `col_sq`; None where
-    the inputs were not observed.
+
+def with_diagonal(stats: Stats) -> Stats:
+    """Return the statistics with `col_sq`, which the diagonal of a Gram matrix is."""
+    if "gram" not in stats.values or "col_sq" in stats.values:
+        return stats
+    return replace(stats, values={**stats.values, "col_sq": stats["gram"].diagonal().double()})
+
+
+def reordered(stats: Stats, order_I: Tensor) -> Stats:
+    """Return the statistics of a tap whose columns stand in another order."""
+    values = {}
+    for name, value in stats.values.items():
+        value = value.index_select(0, order_I.to(value.device))
+        values[name] = value if value.ndim < 2 else value.index_select(1, order_I.to(value.device))
+    return replace(stats, values=values)
+
+
+def _error(weight_OI: Tensor, solved: Solved, stats: Stats) -> float | None:
+    """Return the relative error of a linear's output: exact by the Gram matrix, where there is one.
+
+    Otherwise it is what it would be if inputs were uncorrelated: the square root of sum(w^2 q over
+    removed weights) / sum(w^2 q), with q = `col_sq`. None where the inputs were not observed.
     """
+    if "gram" in stats.values:
+        return relative_error(weight_OI, solved.weight_OI, stats["gram"])
     if "col_sq" not in stats.values:
         return None
     removed = total = 0.0
     col_sq_I = stats["col_sq"].to(weight_OI.device, torch.float32)
     rows = max(1, PIECE // weight_OI.shape[1])
-    for weight, keep in zip(weight_OI.split(rows), keep_OI.split(rows), strict=True):
+    for weight, keep in zip(weight_OI.split(rows), solved.keep_OI.split(rows), strict=True):
         energy_OI = weight.float().square().mul_(col_sq_I)
         total += float(energy_OI.sum())
         removed += float(energy_OI.mul_(~keep).sum())
@@ -238,6 +450,7 @@ def _row(
     error: float | None,
     *,
     weights: int | None = None,
+    facts: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """Return a site's line of the report.
 
@@ -257,4 +470,4 @@ def _row(
     }
     if fallback:
         row["fallback"] = fallback
-    return row
+    return row | dict(facts or {})

@@ -1,60 +1,88 @@
-"""The walk before the cut: what an allocation must know of every linear to say how much each loses.
+"""The walks before the cut: what an allocation must know of every linear, and what it then decides.
 
 Blocks are opened one at a time and stay as they are. Legend: O outputs, I inputs, N units that an
-earlier pruning left.
+earlier pruning left, S sequences, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmprune.allocation import ALLOCATIONS
 from llmprune.allocation.threshold import Histogram, count_lowest, histogram
-from llmprune.allocation.types import Profile
+from llmprune.allocation.types import Candidate, Evidence, Probe, Profile
 from llmprune.base.errors import CheckpointError
 from llmprune.base.progress import Progress
 from llmprune.checkpoint.sink import write_json
 from llmprune.checkpoint.source import read_json
 from llmprune.engine.amounts import num_pruned, spared
-from llmprune.engine.cutting import Prior
+from llmprune.engine.cutting import Learnt, Prior
+from llmprune.engine.gradients import Gradients, take_gradients
 from llmprune.engine.plan import Plan
+from llmprune.engine.probing import Prober
 from llmprune.engine.solving import EMPTY
+from llmprune.engine.target import meet_target
 from llmprune.mask.pattern import Tiles, pool_tiles
 from llmprune.stats.types import Stats
 from llmprune.walk.block import Blocks
 from llmprune.walk.forward import Stream
-from llmprune.walk.observation import observe
+from llmprune.walk.observation import in_rounds, observe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-T = TypeVar("T")
+UNIFORM = "uniform"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
     """What a survey walks over.
 
-    `embed` gives fresh hidden states where statistics are needed; blocks stay dense, and so do
-    these. `prior` gives the masks of earlier prunings of a block.
+    `embed` gives fresh hidden states of token ids; blocks stay dense, and so do these. `prior`
+    gives the masks of earlier prunings of a block, `gradients` what a backward survey learnt of it.
+    `tokens_NT` is absent where no part of the run reads text; `folder` keeps what an interrupted
+    search goes on from.
     """
 
     blocks: Blocks
     progress: Progress
-    embed: Callable[[], Stream] | None = None
+    tokens_NT: Tensor | None = None
+    embed: Callable[[Tensor], Stream] | None = None
     prior: Callable[[int], Prior] = lambda index: {}
+    gradients: Callable[[int], Learnt] = lambda index: {}
+    folder: Path | None = None
+
+    def stream(self, *, apart: bool = False) -> Stream:
+        """Return hidden states of all sequences, or of those that are learnt from."""
+        assert self.tokens_NT is not None and self.embed is not None
+        return self.embed(set_apart(self.tokens_NT)[0] if apart else self.tokens_NT)
+
+
+def set_apart(tokens_NT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sequences that a survey learns from, and those that it is judged on.
+
+    An eighth is set apart, 16 at most. A single sequence has to serve for both.
+
+    >>> [len(part) for part in set_apart(torch.zeros(128, 4))]
+    [112, 16]
+    """
+    num = min(16, max(1, len(tokens_NT) // 8))
+    return tokens_NT[: max(1, len(tokens_NT) - num)], tokens_NT[-num:]
 
 
 def take_survey(plan: Plan, around: Surroundings, *, record: Path | None = None) -> Plan:
     """Read all linears and return the plan with the counts that follow.
 
-    A ranking may look twice, the second time more closely at what lies at the threshold. The counts
-    are written to `record`; where it exists already they are read from there, and nothing else is.
+    A ranking may look twice, the second time more closely at what lies at the threshold. A judged
+    allocation is compared with equal shares on sequences set apart, and gives way to them where it
+    is no better. The counts are written to `record`; where it exists already they are read from
+    there, and nothing else is.
 
     Raises:
         NumericalError: a weight or an activation is not finite; names it.
@@ -62,9 +90,14 @@ def take_survey(plan: Plan, around: Surroundings, *, record: Path | None = None)
     """
     if record is not None and record.exists():
         return _recorded(plan, record)
-    plan = plan.with_profiles(_profiles(plan, around))
+    profiles, statistics = _profiles(plan, around)
+    prober = _prober(plan, around, statistics) if plan.parts.probes else None
+    plan = plan.with_profiles(profiles, prober)
+    if prober is not None and ALLOCATIONS[plan.allocation].judged:
+        plan = _judged(plan, prober, around.progress)
     if record is not None and plan.counts is not None:
-        write_json(record, {"allocation": plan.allocation, "removed": dict(plan.counts)})
+        found = {"allocation": plan.allocation, "removed": dict(plan.counts)}
+        write_json(record, found | ({"verdict": dict(plan.verdict)} if plan.verdict else {}))
     return plan
 
 
@@ -74,28 +107,111 @@ def _recorded(plan: Plan, record: Path) -> Plan:
     Raises:
         CheckpointError: they are of other linears.
     """
-    counts = read_json(record).get("removed", {})
+    found = read_json(record)
+    counts = found.get("removed", {})
     if counts.keys() != {site.name for site in plan.sites}:
         raise CheckpointError(
             f"{record} does not hold the counts of this run's linears. Begin again with "
             "--overwrite."
         )
-    return replace(plan, counts=counts)
+    return replace(plan, counts=counts, verdict=found.get("verdict"))
 
 
-def _profiles(plan: Plan, around: Surroundings) -> dict[str, Tensor]:
-    """Return every site's profile: what the row's function says, or how many rank lowest."""
-    profile = ALLOCATIONS[plan.allocation].profile
-    assert profile is not None
-    if not profile.ranked:
-        return dict(_visit(plan, around, profile, "survey", profile.fn))
+def _judged(plan: Plan, probe: Probe, progress: Progress) -> Plan:
+    """Return the plan with the better of its counts and equal shares, by what the prober says."""
+    assert plan.counts is not None
+    units = {site.name: site.num_units for site in plan.sites}
+    own = {name: Fraction(count, units[name]) for name, count in plan.counts.items()}
+    even = plan.with_allocation(UNIFORM)
+    assert even.counts is not None
+    same = {name: Fraction(count, units[name]) for name, count in even.counts.items()}
+    theirs, ours = probe([Candidate(shares=same), Candidate(shares=own)])
+    adopted = ours.kl < theirs.kl or plan.prune.adopt == "always"
+    verdict: dict[str, Any] = {
+        "allocation": plan.allocation,
+        "kl": {UNIFORM: theirs.kl, plan.allocation: ours.kl},
+        "adopted": adopted,
+        "sequences": len(ours.kl_S),
+    }
+    progress.note(
+        f"allocation: KL to the dense model {ours.kl:.4f} with {plan.allocation}, "
+        f"{theirs.kl:.4f} with uniform, on {len(ours.kl_S)} sequences set apart; "
+        + (plan.allocation if adopted else UNIFORM)
+        + " is used"
+    )
+    return replace(plan if adopted else replace(plan, counts=even.counts), verdict=verdict)
+
+
+def _need(embed: Callable[[Tensor], Stream] | None) -> Callable[[Tensor], Stream]:
+    assert embed is not None
+    return embed
+
+
+def _prober(
+    plan: Plan, around: Surroundings, statistics: Mapping[int, Mapping[str, Stats]]
+) -> Prober:
+    assert around.tokens_NT is not None
+    return Prober(
+        plan=plan,
+        blocks=around.blocks,
+        cutter=plan.masker(),
+        tokens_ST=set_apart(around.tokens_NT)[1],
+        embed=_need(around.embed),
+        progress=around.progress,
+        statistics=lambda index: statistics[index],
+        gradients=around.gradients,
+        prior=around.prior,
+        at_once=plan.estimate.probe_at_once,
+        log=around.folder / "probes.jsonl" if around.folder else None,
+    )
+
+
+def _profiles(
+    plan: Plan, around: Surroundings
+) -> tuple[dict[str, Tensor], dict[int, Mapping[str, Stats]]]:
+    """Return every site's profile, and the statistics that candidates are masked by.
+
+    A profile is what the row's function says, or how many of a site's units rank lowest of all.
+    """
+    row = ALLOCATIONS[plan.allocation]
+    profile = row.profile
+    if profile is not None and profile.ranked:
+        return _lowest(plan, around, profile), {}
+    masks_by = plan.probe_needs
+    needs = (*dict.fromkeys((*(profile.needs if profile else ()), *masks_by)),)
+    found: dict[str, Tensor] = {}
+    statistics: dict[int, dict[str, Stats]] = {}
+    for index, stats, evidence in _visit(plan, around, needs, "survey"):
+        for tap, each in stats.items():
+            small = {name: each[name].cpu() for name in masks_by if name in each.values}
+            statistics.setdefault(index, {})[tap] = replace(each, values=small)
+        if profile is not None:
+            found |= _profile(plan, profile, evidence)
+    return found, dict(statistics)
+
+
+def _profile(
+    plan: Plan, profile: Profile, evidence: Mapping[str, Evidence]
+) -> Mapping[str, Tensor]:
+    """Return the profiles of some sites of a block."""
+    known = plan.options_of(ALLOCATIONS[plan.allocation].options)
+    options = {name: known[name] for name in profile.options}
+    found: Any
+    if profile.level == "block":
+        found = profile.fn(evidence, **options)
+    else:
+        found = {name: profile.fn(*each, **options) for name, each in evidence.items()}
+    return dict(found)
+
+
+def _lowest(plan: Plan, around: Surroundings, profile: Profile) -> dict[str, Tensor]:
+    """Return how many of every site's units are among the lowest of the whole model."""
 
     def look(within: int | None) -> Iterator[tuple[str, Histogram]]:
-        def read(weight_OI: Tensor, stats: Stats, keep_OI: Tensor | None) -> Histogram:
-            return _ranked(plan, profile, weight_OI, stats, keep_OI, within)
-
         name = "survey" if within is None else "second look"
-        return _visit(plan, around, profile, name, read)
+        for _, _, evidence in _visit(plan, around, profile.needs, name):
+            for site, each in evidence.items():
+                yield site, _ranked(plan, profile, *each, within)
 
     floor = spared(plan.prune, plan.allocation, plan.sites)
     counts = count_lowest(look, num_pruned(plan.prune, plan.sites), floor)
@@ -103,28 +219,38 @@ def _profiles(plan: Plan, around: Surroundings) -> dict[str, Tensor]:
 
 
 def _visit(
-    plan: Plan,
-    around: Surroundings,
-    profile: Profile,
-    name: str,
-    read: Callable[[Tensor, Stats, Tensor | None], T],
-) -> Iterator[tuple[str, T]]:
-    """Yield every site with what is read of its linear, block by block."""
-    assert around.embed is not None or not profile.needs
-    stream = around.embed() if around.embed is not None and profile.needs else None
-    blocks = around.blocks
+    plan: Plan, around: Surroundings, needs: tuple[str, ...], name: str
+) -> Iterator[tuple[int, Mapping[str, Stats], Mapping[str, Evidence]]]:
+    """Yield blocks in order with the statistics of their taps and what there is of every linear.
+
+    A block whose statistics do not fit at once is yielded in parts.
+    """
+    stream = around.stream(apart=plan.parts.probes) if needs else None
+    blocks, room = around.blocks, plan.estimate.statistics_bytes
     with around.progress.stage(name, len(blocks)) as stage:
         for index, groups in enumerate(plan.groups):
             with blocks.open(index) as block:
                 masks = around.prior(index)
-                needs = {group.tap: profile.needs for group in groups}
-                seen = observe(block, stream, needs, dense=True) if stream else None
                 for group in groups:
-                    stats = seen.stats[group.tap] if seen else EMPTY
                     for site in group.sites:
-                        linear = site.spans[0].linear
-                        block.check_finite(linear)
-                        yield site.name, read(block.weight(linear), stats, masks.get(site.name))
+                        block.check_finite(site.spans[0].linear)
+                wanted = {group.tap: needs for group in groups}
+                rounds = in_rounds(block.anatomy, wanted, room) if needs else [{}]
+                for part in rounds:
+                    stats: Mapping[str, Stats] = {}
+                    if stream is not None:
+                        stats = observe(block, stream, part, dense=part is rounds[-1]).stats
+                    evidence = {
+                        site.name: Evidence(
+                            block.weight(site.spans[0].linear),
+                            stats.get(group.tap, EMPTY),
+                            masks.get(site.name),
+                        )
+                        for group in groups
+                        if not needs or group.tap in part
+                        for site in group.sites
+                    }
+                    yield index, stats, evidence
             stage.advance(f"block {index}")
     if stream:
         stream.hidden.close()
@@ -139,7 +265,7 @@ def _ranked(
     within: int | None,
 ) -> Histogram:
     """Return the histogram of a linear's units; what an earlier pruning removed is below all."""
-    score_OI = profile.fn(weight_OI, stats, keep_OI)
+    score_OI: Any = profile.fn(weight_OI, stats, keep_OI)
     if keep_OI is not None:
         score_OI.masked_fill_(~keep_OI.to(score_OI.device), -torch.inf)
     if isinstance(plan.pattern, Tiles):
@@ -151,3 +277,62 @@ def _ranked(
     if profile.normalise is not None:
         score_N = profile.normalise(score_N)
     return histogram(score_N, num_removed=num_removed, within=within)
+
+
+def before_the_cut(
+    plan: Plan,
+    around: Surroundings,
+    *,
+    question_NT: Tensor | None = None,
+    record: Path | None = None,
+) -> tuple[Plan, Callable[[int], Learnt]]:
+    """Take the surveys that a plan needs; return it with all counts, and every block's gradients.
+
+    `question_NT` are the windows whose perplexity a target is about.
+
+    Raises:
+        LlmpruneError: a survey failed, or a target cannot be met.
+    """
+    if around.folder is not None and plan.parts.tokens:
+        around.folder.mkdir(parents=True, exist_ok=True)
+    if plan.parts.backward:
+        around = replace(around, gradients=_gradients(plan, around).of)
+    if plan.prune.target:
+        assert question_NT is not None
+        plan, found = meet_target(plan, _searcher(plan, around, question_NT))
+        plan = replace(plan, target=found)
+    if plan.counts is None:
+        plan = take_survey(plan, around, record=record)
+    return plan, around.gradients
+
+
+def _gradients(plan: Plan, around: Surroundings) -> Gradients:
+    """Take the backward survey, or what is missing of it."""
+    assert around.tokens_NT is not None
+    return take_gradients(
+        around.blocks,
+        around.tokens_NT,
+        plan.parts.backward,
+        [[s.spans[0].linear for g in groups for s in g.sites] for groups in plan.groups],
+        folder=around.folder,
+        room=plan.estimate.gradient_bytes,
+        progress=around.progress,
+        place=plan.estimate.gradient_place if around.folder is not None else "host",
+    )
+
+
+def _searcher(plan: Plan, around: Surroundings, tokens_ST: Tensor) -> Prober:
+    """Return what cuts candidates as the run will, with statistics of the dense model."""
+    return Prober(
+        plan=plan,
+        blocks=around.blocks,
+        cutter=plan.masker() if plan.parts.regional else plan.cutter(),
+        tokens_ST=tokens_ST,
+        embed=_need(around.embed),
+        progress=around.progress,
+        learn=around.stream if plan.parts.cut else None,
+        gradients=around.gradients,
+        prior=around.prior,
+        at_once=max(1, plan.estimate.probe_at_once),
+        log=around.folder / "target.jsonl" if around.folder else None,
+    )

@@ -23,10 +23,12 @@ from pydantic import (
 
 from llmprune.base.errors import UnknownName
 from llmprune.recipe.dialect import dump
+from llmprune.recipe.effort import stages
 
 NAME, MIX = "<name>", "<mix>"  # the two forms of calibration.data, for pydantic's error paths
 PARTS = ("split", "config", "revision", "column")
 PATTERNS = ("unstructured", "N:M", "HxW", "ffn-channels")
+MOST = 0.9  # the highest sparsity that a search for a target looks at, unless a recipe says
 
 _SIZE = re.compile(r"\d+(\.\d+)?[KMG]i?B", re.IGNORECASE)
 
@@ -92,7 +94,10 @@ class PruneStep(_Part):
     """Which weights to remove; ``sparsity`` is the fraction removed (of N:M, 1 - N/M).
 
     ``sparsities`` gives linears, by glob, a share of their own, and implies the allocation manual;
-    ``min_keep`` is the share of each linear that a ranking of the whole model leaves.
+    ``min_keep`` is the share of each linear that a ranking of the whole model leaves. ``solver``,
+    ``refine`` and ``repair`` take the place of the method's own; ``none`` leaves one out.
+    ``options`` are the numbers of score, allocation and repair, by name. With ``effort`` what is
+    not given follows from one dial. With ``target`` sparsity is the most that may be removed.
 
     >>> PruneStep(pattern="2:4").sparsity
     0.5
@@ -100,6 +105,7 @@ class PruneStep(_Part):
 
     method: str = "wanda"
     pattern: str = "unstructured"
+    target: dict[Literal["ppl"], str] | None = None
     sparsity: float = Field(default=None, validate_default=True)
     group: Literal["row", "matrix", "mass"] | None = None
     allocation: str | None = None
@@ -110,6 +116,25 @@ class PruneStep(_Part):
     form: Literal["auto", "masked", "shrunk"] = "auto"
     multiple: int | None = Field(default=None, ge=1)
     regrow: bool = False
+    effort: Literal["fast", "good", "best"] | None = None
+    solver: str | None = None
+    refine: str | None = None
+    repair: str | None = None
+    permute: bool = False
+    damping: float = Field(default=0.01, gt=0, le=1)
+    damp: Literal["mean", "diag"] = "mean"
+    options: dict[str, float] = Field(default_factory=dict)
+    adopt: Literal["better", "always"] = "better"
+    max_reads: int = Field(default=100, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_dial_sets_what_is_not_given(cls, step: Any) -> Any:
+        if not isinstance(step, dict) or step.get("effort") is None:
+            return step
+        pattern, sparsity = step.get("pattern", "unstructured"), step.get("sparsity")
+        share = sparsity if isinstance(sparsity, float | int) else None
+        return {**stages(str(step["effort"]), str(pattern), share), **step}
 
     @field_validator("pattern")
     @classmethod
@@ -136,12 +161,33 @@ class PruneStep(_Part):
             )
         return pattern
 
+    @field_validator("target", mode="before")
+    @classmethod
+    def _target_is_readable(cls, target: object, info: ValidationInfo) -> object:
+        if target is None:
+            return None
+        pairs = list(target.items()) if isinstance(target, dict) else []
+        if len(pairs) != 1 or pairs[0][0] != "ppl" or allowed_loss(pairs[0][1]) is None:
+            raise ValueError(
+                f"{target!r} is no target. There is ppl, what perplexity may rise to: type "
+                "`target: {ppl: +5%}` or `--target ppl=+5%` for a twentieth more than the dense "
+                "model's, or `ppl=12.5` for the value itself."
+            )
+        if _n_of_m(info.data.get("pattern", "1:2")):
+            raise ValueError(
+                f"pattern '{info.data['pattern']}' fixes the sparsity, so there is none to find. "
+                "Leave the target out, or choose pattern unstructured."
+            )
+        return {"ppl": str(pairs[0][1])}
+
     @field_validator("sparsity", mode="before")
     @classmethod
     def _sparsity_is_given(cls, sparsity: object, info: ValidationInfo) -> object:
         if sparsity is not None:
             return sparsity
         counts = _n_of_m(info.data.get("pattern", "1:2"))  # an illegal pattern is reported itself
+        if counts is None and info.data.get("target"):
+            return MOST
         if counts is None:
             raise ValueError(
                 f"missing; pattern '{info.data['pattern']}' needs the fraction to remove. "
@@ -355,6 +401,18 @@ class Recipe(_Part):
         """Return the SHA-256 of the recipe as canonical JSON, in hexadecimal."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def allowed_loss(text: object) -> tuple[Literal["rise", "value"], float] | None:
+    """Return what a target of perplexity says: the share it may rise by, or the value it may have.
+
+    >>> allowed_loss("+5%"), allowed_loss("12.5"), allowed_loss("little")
+    (('rise', 0.05), ('value', 12.5), None)
+    """
+    found = re.fullmatch(r"\+?\s*(\d+(?:\.\d+)?)\s*(%?)", str(text).strip())
+    if found is None or float(found[1]) <= 0:
+        return None
+    return ("rise", float(found[1]) / 100) if found[2] else ("value", float(found[1]))
 
 
 def _n_of_m(pattern: str) -> tuple[int, int] | None:

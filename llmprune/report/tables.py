@@ -8,6 +8,14 @@ from typing import Any
 from llmprune.base.progress import human_bytes, human_seconds
 from llmprune.base.text import named_lines
 from llmprune.report.coverage import coverage_line
+from llmprune.report.stages import (
+    accepted_line,
+    fallback_line,
+    repair_line,
+    stages_line,
+    target_line,
+    verdict_line,
+)
 
 
 def report_text(data: Mapping[str, Any]) -> str:
@@ -26,6 +34,12 @@ def report_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{data['sparsity_of_all']:.5f} of all parameters"
         ),
         "parameters": _parameters(data),
+        "target": target_line(data),
+        "allocation": verdict_line(data),
+        "stages": stages_line(data),
+        "updates": accepted_line(data),
+        "repair": repair_line(data),
+        "fallbacks": fallback_line(data),
         "error": _error(data),
         "perplexity": _perplexity(data.get("perplexity")),
         "experts": _experts(data),
@@ -39,7 +53,9 @@ def report_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _method(data: Mapping[str, Any]) -> str:
     allocation = f"{data['allocation']} allocation" if "allocation" in data else ""
-    return ", ".join(filter(None, (data["method"], data.get("pattern"), allocation)))
+    parts = [data.get(part) for part in ("refine", "solver", "repair")]
+    used = " + ".join(part for part in parts if part and part != "zero")
+    return ", ".join(filter(None, (data["method"], data.get("pattern"), allocation, used)))
 
 
 def _parameters(data: Mapping[str, Any]) -> str:

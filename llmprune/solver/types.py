@@ -7,35 +7,91 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from llmprune.stats.types import Stats
 
-Choose = Callable[[Tensor, slice, Tensor | None], Tensor]
-"""`choose(weight_OC, cols, curvature_C) -> keep_OC`: the mask of these columns, True = kept."""
+Fact = float | int | str | bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choose:
+    """How the mask of some columns is chosen: `fn(weight_OC, cols, curvature_C) -> keep_OC`.
+
+    A score that adapts judges the weights as they are when it is asked, `columns` at a time and
+    from left to right, with the curvature that the solver holds. One that does not has decided
+    before the first question, and answers for any columns, without looking at weights or curvature.
+    True means kept.
+    """
+
+    fn: Callable[[Tensor, slice, Tensor | None], Tensor]
+    adaptive: bool = False
+    columns: int = 1
+
+    def __call__(self, weight_OC: Tensor, cols: slice, curvature_C: Tensor | None = None) -> Tensor:
+        """Return keep_OC."""
+        return self.fn(weight_OC, cols, curvature_C)
+
+    def whole(self, weight_OI: Tensor) -> Tensor:
+        """Return the whole mask keep_OI of a choice that does not adapt.
+
+        Raises:
+            ValueError: it adapts, so a solver that updates weights must ask it.
+        """
+        if self.adaptive:
+            raise ValueError("an adaptive score has no mask before weights are updated")
+        return self.fn(weight_OI, slice(0, weight_OI.shape[1]), None)
 
 
 class Solved(NamedTuple):
-    """One pruned linear: weights with exact zeros where `keep_OI` is False."""
+    """One pruned linear: weights with exact zeros where `keep_OI` is False.
+
+    `facts` is what the report says of it beside its counts: the damping that was needed, say.
+    """
 
     weight_OI: Tensor
     keep_OI: Tensor
-    bias_shift_O: Tensor | None = None
+    facts: Mapping[str, Fact] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a recipe says about solving.
+
+    `damping` times the mean of the Gram matrix' diagonal is added to each of its entries ("mean"),
+    or times each entry itself ("diag"). `iterations` is the most steps of a solver that has steps.
+    """
+
+    damping: float = 0.01
+    damp: Literal["mean", "diag"] = "mean"
+    iterations: int = 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
     """One row of the table of solvers.
 
-    `fn(weights, stats, chooses)` takes mappings by linear and returns one `Solved` for each;
-    `needs` names the statistics it reads, and `updates` says whether weights that stay may change.
+    `fn(weights, stats, chooses, settings)` takes mappings by linear and the statistics of their
+    tap, and returns one `Solved` for each; it changes no argument. `needs` names the statistics it
+    reads, and `updates` says whether weights that stay may change.
     """
 
-    fn: Callable[
-        [Mapping[str, Tensor], Mapping[str, Stats], Mapping[str, Choose]], dict[str, Solved]
-    ]
+    fn: Callable[[Mapping[str, Tensor], Stats, Mapping[str, Choose], Settings], dict[str, Solved]]
     needs: tuple[str, ...]
     updates: bool
+    paper: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """One row of the table of refinements, which exchange kept and pruned weights of a fixed mask.
+
+    `fn(weight_OI, keep_OI, stats, within)` returns a new keep_OI with as many kept in every row,
+    and, where `within` is a number M, in every M consecutive columns of it.
+    """
+
+    fn: Callable[[Tensor, Tensor, Stats, int | None], Tensor]
+    needs: tuple[str, ...]
     paper: str

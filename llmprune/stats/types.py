@@ -16,6 +16,8 @@ from torch import Tensor
 class Stats:
     """The statistics of one tap by name, and the number of tokens that they sum over.
 
+    `num_sequences` counts the sequences that gradients are summed over.
+
     >>> import torch
     >>> Stats(num_tokens=5, values={"col_sq": torch.ones(3)})["col_sq"].shape
     torch.Size([3])
@@ -23,6 +25,7 @@ class Stats:
 
     num_tokens: int
     values: Mapping[str, Tensor]
+    num_sequences: int = 0
 
     def __getitem__(self, key: str) -> Tensor:
         """Return a statistic.
@@ -34,7 +37,7 @@ class Stats:
             present = ", ".join(sorted(self.values)) or "none"
             raise KeyError(
                 f"statistic {key!r} was not collected over {self.num_tokens} tokens (present: "
-                f"{present}); declare it in `needs` of the score or solver that reads it"
+                f"{present}); declare it in `needs` of the part that reads it"
             )
         return self.values[key]
 
@@ -54,16 +57,22 @@ class Accumulator(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic:
-    """One row of the table of statistics: who collects it, where it is seen, how it is shaped."""
+    """One row of the table of statistics: who collects it, where it is seen, how it is shaped.
+
+    At a "tap" the accumulator is given activations (..., I). Of gradients it is given those of one
+    sequence, grad_OI by linear: of the model's loss ("backward", before the first cut), or of the
+    norm of the block's own output ("block_gradient").
+    """
 
     accumulator: Callable[[], Accumulator]
-    observe: Literal["tap", "weight", "residual", "block_gradient", "backward"]
+    observe: Literal["tap", "block_gradient", "backward"]
     shape: str
+    itemsize: int = 8
 
     def num_bytes(self, inputs: int) -> int:
         """Return what the statistic of a tap with this many columns takes up while it is summed.
 
-        >>> Statistic(accumulator=None, observe="tap", shape="(I, I)").num_bytes(100)
-        80000
+        >>> Statistic(accumulator=None, observe="tap", shape="(I, I)", itemsize=4).num_bytes(100)
+        40000
         """
-        return 8 * int(inputs ** self.shape.count("I"))
+        return self.itemsize * int(inputs ** self.shape.count("I"))

@@ -70,6 +70,13 @@ class Block:
                 "training; take a sound one."
             )
 
+    def rounded(self, params: set[str], dtype: torch.dtype) -> set[str]:
+        """Round parameters to what a dtype can hold, in place; return their names."""
+        for name in params:
+            value = self.module.get_parameter(name).data
+            value.copy_(value.to(dtype))
+        return params
+
     def params_of(self, linears: set[str]) -> set[str]:
         """Return the parameters (relative names) that hold these linears."""
         return {self.anatomy.linears[name].param for name in linears}
@@ -91,6 +98,33 @@ class Block:
             module = self.module.get_submodule(path)
             if hasattr(module, attribute):
                 setattr(module, attribute, len(kept_K))
+        return changed
+
+    def coupling_read_by(self, linear: str) -> Coupling | None:
+        """Return the coupling whose units this linear reads, single columns, if there is one."""
+        for coupling in self.anatomy.couplings:
+            if any(span.linear == linear and span.axis == "in" for span in coupling.spans):
+                return coupling
+        return None
+
+    def permute(
+        self, coupling: Coupling, order_U: Tensor, *, written_only: bool = False
+    ) -> set[str]:
+        """Put a coupling's units in another order; return the parameters that changed.
+
+        The block computes the same. With `written_only` the linears that read them are left: their
+        columns are in order already.
+        """
+        changed = set()
+        for span in coupling.spans:
+            if span.axis == "in" and written_only:
+                continue
+            linear = self.anatomy.linears[span.linear]
+            axis = 0 if (span.axis == "out") != linear.transposed else 1
+            changed.add(self._slice(linear.param, axis, order_U))
+            bias = linear.param.removesuffix("weight") + "bias"
+            if span.axis == "out" and bias in dict(self.module.named_parameters()):
+                changed.add(self._slice(bias, 0, order_U))
         return changed
 
     def _slice(self, param: str, axis: int, kept_K: Tensor) -> str:

@@ -350,7 +350,7 @@ def test_an_expert_without_tokens_falls_back_to_magnitude(
     assert {name for name, row in first.items() if row.get("fallback")} == idle
     assert all("magnitude" in rows[name]["fallback"] for name in idle)
     assert all((row["tokens"] == 0) == ("fallback" in row) for row in rows.values())
-    assert any("saw no token" in warning for warning in report.data["warnings"])
+    assert any("no token reached it" in warning for warning in report.data["warnings"])
     assert report.out is not None
     weights, masks = weights_of(streamed(starved)), masks_of(report.out)
     for name in idle:

@@ -11,7 +11,8 @@ from llmprune.base.errors import UnknownName
 from llmprune.catalog import METHODS
 from llmprune.recipe.models import PATTERNS, PruneStep
 from llmprune.score import SCORES
-from llmprune.solver import SOLVERS
+from llmprune.repair import REPAIRS
+from llmprune.solver import REFINEMENTS, SOLVERS
 
 
 def test_each_row_is_listed_under_its_own_name() -> None:
@@ -36,11 +37,14 @@ def test_each_row_names_parts_that_there_are(name: str) -> None:
     assert method.score in SCORES
     assert method.solver in SOLVERS
     assert method.allocation in ALLOCATIONS
+    assert method.refine is None or method.refine in REFINEMENTS
+    assert method.repair is None or method.repair in REPAIRS
 
 
 def test_no_two_rows_are_the_same_method() -> None:
     parts = [
-        (row.score, row.allocation, row.solver, row.group, row.pool) for row in METHODS.values()
+        (row.score, row.allocation, row.solver, row.group, row.pool, row.refine, row.repair)
+        for row in METHODS.values()
     ]
     assert len(set(parts)) == len(parts)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,7 +22,13 @@ T2_STATS = Stats(
     values={
         "col_sq": torch.tensor([1.0, 100.0, 4.0, 16.0], dtype=torch.float64),
         "seed": torch.tensor(5),
+        "curvature": torch.tensor([1.0, 0.1, 0.5, 0.25]),
+        "grad_sum": torch.tensor([[0.0, -0.4, 0.2, 0.8], [0.2, 0.2, -0.2, 0.0]]),
+        "grad_abs": torch.tensor([[0.2, 0.4, 0.2, 0.8], [0.8, 0.2, 0.2, 0.4]]),
+        "grad_sq": torch.tensor([[0.02, 0.08, 0.04, 0.32], [0.34, 0.02, 0.02, 0.08]]),
+        "region_sq": torch.tensor([[0.5, 0.0, 2.0, 8.0], [0.0, 2.0, 0.5, 0.02]]),
     },
+    num_sequences=2,
 )
 
 
@@ -33,23 +41,32 @@ def test_wanda_on_the_fixture() -> None:
     torch.testing.assert_close(SCORES["wanda"].fn(T2_WEIGHT, T2_STATS), expected)
 
 
+def test_obs_on_its_fixture() -> None:
+    """The scores before the first update, with the factor of the fixture's Gram matrix."""
+    weight = torch.tensor([[4.0, -1.0, 2.0, -3.0], [1.0, 5.0, -2.0, 0.5]])
+    curvature = torch.tensor([0.471118, 0.401895, 0.458352, 0.571195])
+    expected = torch.tensor([[72.088, 6.191, 19.040, 27.585], [4.505, 154.780, 19.040, 0.766]])
+    score = SCORES["obs"].fn(weight, Stats(num_tokens=5, values={"curvature": curvature}))
+    torch.testing.assert_close(score, expected, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_score_is_new_float32_and_changes_nothing(name: str, dtype: torch.dtype) -> None:
-    weight, col_sq = T2_WEIGHT.to(dtype), T2_STATS["col_sq"].clone()
-    before = weight.clone()
+    weight = T2_WEIGHT.to(dtype)
+    before, known = weight.clone(), {key: each.clone() for key, each in T2_STATS.values.items()}
     score = SCORES[name].fn(weight, T2_STATS)
     assert score.dtype == torch.float32
     assert score.shape == weight.shape
     assert score.data_ptr() != weight.data_ptr()
     assert torch.equal(weight, before)
-    assert torch.equal(T2_STATS["col_sq"], col_sq)
+    assert all(torch.equal(T2_STATS[key], each) for key, each in known.items())
 
 
 @pytest.mark.parametrize("name", SCORES)
 def test_every_need_is_a_statistic_and_enough(name: str) -> None:
     score = SCORES[name]
-    stats = Stats(num_tokens=1, values={need: T2_STATS[need] for need in score.needs})
+    stats = replace(T2_STATS, values={need: T2_STATS[need] for need in score.needs})
     assert set(score.needs) <= {*STATISTICS, *GIVEN}
     assert set(score.learnt) <= set(STATISTICS)
     assert bool(score.fn(T2_WEIGHT, stats).isfinite().all())

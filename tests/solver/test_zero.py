@@ -9,8 +9,10 @@ import torch
 
 from llmprune.mask.pattern import Unstructured, choose_keep
 from llmprune.solver import SOLVERS
-from llmprune.solver.types import Solved
+from llmprune.solver.types import Choose, Settings, Solved
+from llmprune.stats.types import Stats
 
+EMPTY = Stats(num_tokens=0, values={})
 T1_WEIGHT = torch.tensor([[4.0, -1.0, 2.0, -3.0], [1.0, 5.0, -2.0, 0.5]])
 
 
@@ -21,7 +23,7 @@ def solve(weight: torch.Tensor, keep: torch.Tensor) -> Solved:
         asked.append((cols, curvature))
         return keep
 
-    solved = SOLVERS["zero"].fn({"q": weight}, {}, {"q": choose})
+    solved = SOLVERS["zero"].fn({"q": weight}, EMPTY, {"q": Choose(fn=choose)}, Settings())
     assert list(solved) == ["q"]
     assert asked == [(slice(0, weight.shape[1]), None)]
     return solved["q"]
@@ -34,7 +36,6 @@ def test_half_of_each_row_goes_and_the_rest_stays(dtype: torch.dtype) -> None:
     assert solved.weight_OI.tolist() == [[4.0, 0.0, 0.0, -3.0], [0.0, 5.0, -2.0, 0.0]]
     assert solved.weight_OI.dtype == dtype
     assert torch.equal(solved.keep_OI, keep)
-    assert solved.bias_shift_O is None
 
 
 def test_the_tensor_given_stays_as_it_is() -> None:

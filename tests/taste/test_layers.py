@@ -11,7 +11,7 @@ import llmprune
 HOME = Path(llmprune.__file__).parent
 ROOMS = (
     "base", "recipe", "catalog", "arch", "stats", "score", "mask", "solver", "allocation",
-    "checkpoint", "calibration", "walk", "evaluation", "delivery", "engine", "recovery", "report",
+    "checkpoint", "calibration", "walk", "repair", "evaluation", "delivery", "engine", "recovery", "report",
     "steps", "measuring", "api", "commands", "cli",
 )  # fmt: skip
 FILES = sorted(HOME.rglob("*.py"))

@@ -36,6 +36,7 @@ FLAGS = [
     "--device",
     "--dry-run",
     "--dtype",
+    "--effort",
     "--help",
     "--json",
     "--max-memory",
@@ -53,6 +54,7 @@ FLAGS = [
     "--seq-len",
     "--set",
     "--sparsity",
+    "--target",
     "--trust-remote-code",
     "--version",
 ]

@@ -1,0 +1,13 @@
+"""The published methods as one table; each row names its parts, which other rooms define."""
+
+from __future__ import annotations
+
+from llmprune.base.registry import Registry
+from llmprune.catalog.baselines import BASELINES
+from llmprune.catalog.gradients import GRADIENTS
+from llmprune.catalog.second_order import SECOND_ORDER
+from llmprune.catalog.types import Method
+
+METHODS: Registry[Method] = Registry("method", {**BASELINES, **SECOND_ORDER, **GRADIENTS})
+
+__all__ = ["METHODS", "Method"]

@@ -1,0 +1,156 @@
+"""Which parts a run is made of: the method's row with what the recipe changes, and their needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from llmprune.allocation import ALLOCATIONS
+from llmprune.base.errors import RecipeError
+from llmprune.catalog import METHODS, Method
+from llmprune.mask.pattern import Channels, NofM, Pattern, Tiles
+from llmprune.repair import REPAIRS
+from llmprune.score import SCORES
+from llmprune.solver import REFINEMENTS, SOLVERS
+from llmprune.stats import STATISTICS
+
+if TYPE_CHECKING:
+    from llmprune.recipe.models import PruneStep
+
+NONE = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What the parts of a run must know, by where it is learnt.
+
+    `cut` are statistics of taps while a block is cut, `regional` gradients of its own output then;
+    `survey` statistics of taps before the first cut, `backward` gradients of the loss before it.
+    `inputs` says that a block's inputs are needed though no statistic is; `probes` that candidates
+    are walked and compared with the dense model.
+    """
+
+    cut: tuple[str, ...] = ()
+    regional: tuple[str, ...] = ()
+    survey: tuple[str, ...] = ()
+    backward: tuple[str, ...] = ()
+    inputs: bool = False
+    probes: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return all statistics that are learnt."""
+        return tuple(dict.fromkeys((*self.survey, *self.backward, *self.cut, *self.regional)))
+
+    @property
+    def cut_tokens(self) -> bool:
+        """Tell whether tokens flow while blocks are cut."""
+        return bool(self.cut or self.regional or self.inputs)
+
+    @property
+    def tokens(self) -> bool:
+        """Tell whether tokens flow at all: not for methods that look at weights alone."""
+        return bool(self.cut_tokens or self.survey or self.backward or self.probes)
+
+
+def compose(step: PruneStep, pattern: Pattern) -> Method:
+    """Return the method of a step, with the solver, refinement and repair that it asks for.
+
+    Raises:
+        UnknownName: no part has this name.
+        RecipeError: the parts do not go together; says why.
+    """
+    method = METHODS[step.method]
+    solver = "zero" if step.solver == NONE else step.solver or method.solver
+    refine = None if step.refine == NONE else step.refine or method.refine
+    repair = None if step.repair == NONE else step.repair or method.repair
+    updates = SOLVERS[solver].updates
+    if refine is not None:
+        REFINEMENTS[refine]
+    if repair is not None:
+        REPAIRS[repair]
+    if SCORES[method.score].adaptive and not updates:
+        raise RecipeError(
+            f"prune.solver: the score of {method.name} judges weights while others are updated, "
+            f"which solver {solver} does not do. Use solver columnwise or least-squares, or "
+            "--method wanda."
+        )
+    parts = [name for name in (refine, repair, solver if updates else None) if name is not None]
+    if isinstance(pattern, Channels) and parts:
+        raise RecipeError(
+            f"prune.pattern: {step.pattern} removes whole units, and {parts[0]} is for weights "
+            "that stay in their place. Leave it out, or choose pattern unstructured or N:M."
+        )
+    if refine is not None and isinstance(pattern, Tiles):
+        raise RecipeError(
+            f"prune.refine: {refine} exchanges single weights, which {step.pattern} tiles do not "
+            "have. Type --set prune.refine=none, or choose pattern unstructured or N:M."
+        )
+    if step.permute and not isinstance(pattern, NofM):
+        raise RecipeError(
+            f"prune.permute: channels are put in order for N:M patterns, and pattern is "
+            f"{step.pattern}. Type --pattern 2:4, or leave permute out."
+        )
+    if repair is not None and step.propagate == "dense":
+        raise RecipeError(
+            f"prune.propagate: repair {repair} learns from what reaches a block in the pruned "
+            "model, so it needs `propagate: pruned`."
+        )
+    composed = replace(method, solver=solver, refine=refine, repair=repair)
+    _check_options(step, composed)
+    return composed
+
+
+def needs_of(method: Method, allocation: str, *, searches: bool = False) -> Needs:
+    """Return what the parts of a run must know; `searches` says that a sparsity is looked for."""
+    score, solver = SCORES[method.score], SOLVERS[method.solver]
+    learnt = (*score.learnt, *solver.needs)
+    if method.refine is not None:
+        learnt += REFINEMENTS[method.refine].needs
+    if solver.updates:
+        learnt += ("gram",)  # what an update is judged by
+    row = ALLOCATIONS[allocation]
+    backward = [name for name in learnt if STATISTICS[name].observe == "backward"]
+    return Needs(
+        cut=_at("tap", learnt),
+        regional=_at("block_gradient", learnt),
+        survey=row.profile.needs if row.profile else (),
+        backward=tuple(dict.fromkeys(backward)),
+        inputs=method.repair is not None,
+        probes=searches or row.judged or "probe" in row.needs,
+    )
+
+
+def options_for(given: Mapping[str, float], defaults: Mapping[str, float]) -> dict[str, float]:
+    """Return a part's numbers: those of the recipe, else its defaults."""
+    return {name: given.get(name, default) for name, default in defaults.items()}
+
+
+def allocation_of(step: PruneStep, method: Method) -> str:
+    """Return the name of the allocation: asked for, implied by named shares, or the method's."""
+    return step.allocation or ("manual" if step.sparsities else method.allocation)
+
+
+def stand_in(score: str) -> str:
+    """Return the score that masks candidates: it needs neither a solver nor a block's graph."""
+    row = SCORES[score]
+    return "wanda" if row.adaptive or _at("block_gradient", row.learnt) else score
+
+
+def _at(place: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for name in names if STATISTICS[name].observe == place))
+
+
+def _check_options(step: PruneStep, method: Method) -> None:
+    """Raise where a recipe gives a number that no part of the run takes."""
+    known = dict(SCORES[method.score].options)
+    known |= ALLOCATIONS[allocation_of(step, method)].options
+    known |= REPAIRS[method.repair].options if method.repair else {}
+    for name in step.options:
+        if name not in known:
+            some = ", ".join(f"{key} ({value:g})" for key, value in known.items())
+            raise RecipeError(
+                f"prune.options: no part of this run takes {name!r}. "
+                + (f"There are: {some}." if some else f"{method.title} has none; leave it out.")
+            )

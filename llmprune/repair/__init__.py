@@ -1,0 +1,12 @@
+"""What improves a whole block after the cut, by the name of the repair."""
+
+from __future__ import annotations
+
+from llmprune.base.registry import Registry
+from llmprune.repair.halves import BLOCK, HALVES
+from llmprune.repair.regional import REGIONAL
+from llmprune.repair.types import Repair
+
+REPAIRS: Registry[Repair] = Registry(
+    "prune.repair", {"block": BLOCK, "halves": HALVES, "regional": REGIONAL}
+)

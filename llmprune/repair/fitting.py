@@ -1,0 +1,260 @@
+"""Training the kept weights of a block until its output, or that of a part, comes near a target.
+
+Weights are trained in float32 and pruned ones stay 0. Of the micro-batches the last ones are held
+out: what does not lower the error on them is taken back.
+Legend: B sequences of a micro-batch, T tokens, D hidden size, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmprune.calibration.replay import call
+from llmprune.walk.backward import differentiable
+from llmprune.walk.block import Block
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmprune.calibration.hidden import HiddenStates
+    from llmprune.walk.forward import Stream
+
+WARM_UP = 0.05  # of all steps
+BETAS = (0.9, 0.95)
+HELD = 8  # one of so many micro-batches is held out
+QUIET = 0.1  # a token with less than this share of the median energy weighs no more for it
+_HALF_POWER = 4  # the largest value of a gradient in float16: two to this power
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How long and how fast to train.
+
+    One step sees `sequences` sequences, and the learning rate is `rate` times the root mean square
+    of the kept weights of each parameter; it rises linearly, then falls along a cosine.
+    """
+
+    epochs: float
+    rate: float
+    sequences: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """The relative error of the held-out output before and after; less than 1 in good cases."""
+
+    before: float
+    after: float
+    accepted: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What a part of a block is to give: `target`, where its own module, or the block, returns.
+
+    `part` is the path of a module in the block; none for the block itself.
+    """
+
+    stream: Stream
+    target: HiddenStates
+    part: str | None = None
+
+    def difference(self, block: Block, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the part gives of a micro-batch, how far it is off, and the tokens' weights.
+
+        An error counts relative to what a token's target measures, in squares: a few tokens carry
+        outputs a thousand times the others'.
+        """
+        hidden_BTD = self.stream.hidden.get(batch, block.device)
+        output = output_of(block, hidden_BTD, self.stream.arguments[batch][block.index], self.part)
+        target = self.target.get(batch, block.device).float()
+        energy = target.square().mean(dim=-1, keepdim=True)
+        least = QUIET * float(energy.median()) or torch.finfo(torch.float32).tiny
+        return output, output.detach().float() - target, energy.clamp_(min=least).reciprocal_()
+
+
+class _Reached(Exception):
+    """Leaves a block once the part of interest has its output."""
+
+
+def output_of(block: Block, hidden_BTD: Tensor, arguments: Any, part: str | None) -> Tensor:
+    """Return what a part gives within its block, or the block; what follows a part is not run."""
+    if part is None:
+        return call(block.module, hidden_BTD, arguments)
+    found: list[Tensor] = []
+
+    def leave(module: Any, args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple | list) else output)
+        raise _Reached
+
+    hook = block.module.get_submodule(part).register_forward_hook(leave)
+    try:
+        call(block.module, hidden_BTD, arguments)
+    except _Reached:
+        return found[0]
+    finally:
+        hook.remove()
+    raise ValueError(f"block {block.index} never called {part}")
+
+
+def split(num_batches: int) -> tuple[range, range]:
+    """Return the micro-batches to train with, and those held out; a single one does both.
+
+    >>> split(16)
+    (range(0, 14), range(14, 16))
+    """
+    held = max(1, num_batches // HELD)
+    train = range(num_batches - held) if num_batches > held else range(num_batches)
+    return train, range(num_batches - held, num_batches)
+
+
+def fit(block: Block, keep: Mapping[str, Tensor], goal: Goal, pace: Pace) -> Fitted:
+    """Train the kept weights of these linears in place towards a goal.
+
+    Where the error on what is held out does not fall, they are as they were. The same seed, threads
+    and micro-batches give the same weights.
+    """
+    train, held = split(len(goal.stream))
+    before = error_of(block, goal, held)
+    if not keep or not 0 < before < math.inf:
+        return Fitted(before=before, after=before, accepted=False)
+    with _trainable(block, keep) as masters:
+        start = {name: master.detach().clone() for name, master in masters.items()}
+        kept = {name: _kept(block, name, keep) for name in masters}
+        _train(block, masters, kept, goal, pace, train, before)
+        after = error_of(block, goal, held)
+        if not after < before:
+            _put(block, start)
+            return Fitted(before=before, after=before, accepted=False)
+    return Fitted(before=before, after=after, accepted=True)
+
+
+def error_of(block: Block, goal: Goal, batches: Collection[int]) -> float:
+    """Return the root mean square relative error of the tokens of some micro-batches."""
+    total, tokens = torch.zeros((), dtype=torch.float64, device=block.device), 0
+    with torch.no_grad():
+        for batch in batches:
+            _, difference, weight = goal.difference(block, batch)
+            each = difference.square().mean(dim=-1, keepdim=True) * weight
+            total += each.sum(dtype=torch.float64)
+            tokens += each.numel()
+    return math.sqrt(float(total) / max(1, tokens))
+
+
+@contextmanager
+def _trainable(block: Block, keep: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield float32 copies of the parameters that hold these linears; float32 ones share memory."""
+    with differentiable(block, keep) as params:
+        yield {name: param.detach().float() for name, param in params.items()}
+
+
+def _put(block: Block, values: Mapping[str, Tensor]) -> None:
+    """Copy values into parameters, rounded to what these hold; their own memory needs none."""
+    for name, value in values.items():
+        param = block.module.get_parameter(name).data
+        if param.data_ptr() != value.data_ptr():
+            param.copy_(value)
+
+
+def _kept(block: Block, name: str, keep: Mapping[str, Tensor]) -> Tensor:
+    """Return where a parameter may change: kept weights of the linears named, nothing else."""
+    mask = torch.zeros_like(block.module.get_parameter(name), dtype=torch.bool)
+    for linear, keep_OI in keep.items():
+        found = block.anatomy.linears[linear]
+        if found.param == name:
+            found.view(mask).copy_(keep_OI)
+    return mask
+
+
+def _train(
+    block: Block,
+    masters: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    goal: Goal,
+    pace: Pace,
+    train: range,
+    scale: float,
+) -> None:
+    """Take all steps of Adam."""
+    size = goal.stream.hidden.get(train[0], block.device).shape[-3]
+    group = min(len(train), max(1, pace.sequences // size))
+    per_epoch = len(train) // group
+    total = max(1, round(per_epoch * pace.epochs))
+    steps = torch.optim.Adam(
+        [
+            {"params": [master], "lr": pace.rate * _spread(master, kept[name])}
+            for name, master in masters.items()
+        ],
+        betas=BETAS,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(steps, partial(_speed, total=total))
+    orders = _orders(train, group, pace.seed)
+    for _ in range(total):
+        _gradients(block, masters, kept, goal, next(orders), scale)
+        steps.step()
+        schedule.step()
+        _put(block, masters)
+    for master in masters.values():
+        master.grad = None
+
+
+def _speed(step: int, total: int) -> float:
+    """Return the share of the learning rate at a step."""
+    rising = (step + 1) / max(1.0, WARM_UP * total)
+    return min(1.0, rising) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
+
+
+def _orders(train: range, group: int, seed: int) -> Iterator[list[int]]:
+    """Yield groups of micro-batches for ever; every epoch has an order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
+        for start in range(0, len(order) - group + 1, group):
+            yield order[start : start + group]
+
+
+def _spread(master: Tensor, kept: Tensor) -> float:
+    """Return the root mean square of the weights that may change."""
+    number = int(kept.count_nonzero())
+    total = float((master * kept).square().sum(dtype=torch.float64))
+    return math.sqrt(total / number) if number else 0.0
+
+
+def _gradients(
+    block: Block,
+    masters: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    goal: Goal,
+    batches: list[int],
+    scale: float,
+) -> None:
+    """Put the gradients of the error beside the weights: its square, as a multiple of before's."""
+    for master in masters.values():
+        master.grad = torch.zeros_like(master)
+    params = [block.module.get_parameter(name) for name in masters]
+    for batch in batches:
+        with torch.enable_grad():
+            output, difference, weight = goal.difference(block, batch)
+        upstream = difference * weight * (2 / (difference.numel() * scale**2 * len(batches)))
+        lift = _lift(output, upstream)
+        found = torch.autograd.grad(
+            output, params, (upstream * lift).to(output.dtype), allow_unused=True
+        )
+        del output, difference, upstream
+        for (name, master), gradient in zip(masters.items(), found, strict=True):
+            if gradient is not None and master.grad is not None:
+                master.grad.add_(gradient.float() * kept[name], alpha=1 / lift)
+
+
+def _lift(output: Tensor, upstream: Tensor) -> float:
+    """Return the power of two that a gradient is held times: float16 has little room below 1."""
+    largest = float(upstream.abs().max()) if output.dtype == torch.float16 else 0.0
+    return 2.0 ** (_HALF_POWER - math.frexp(largest)[1]) if 0 < largest < math.inf else 1.0
