@@ -158,9 +158,9 @@ def _carry_out(
     blocks = open_target(opened, records.partial)
     clean_scratch(records.partial)
 
-    def fresh(tokens_NT: Tensor) -> Stream:
+    def fresh(tokens_NT: Tensor, name: str = "hidden") -> Stream:
         place = fixed["place"]
-        folder = records.own / "hidden" if place == "disk" else None
+        folder = records.own / name if place == "disk" else None
         return embed(blocks, tokens_NT, int(fixed["micro_batch"]), place=place, folder=folder)
 
     around = Surroundings(
@@ -180,13 +180,18 @@ def _carry_out(
         )
     with _stage(seconds, "embed"):
         flow = fresh(tokens) if tokens is not None and plan.parts.cut_tokens else None
+        dense = fresh(tokens, "dense") if tokens is not None and plan.parts.dense else None
     with _stage(seconds, "cut"):
         keeper = FolderKeeper(records, blocks)
         rows, resumed = cut(
-            plan, blocks, flow, keeper, progress, prior=around.prior, gradients=gradients
+            *(plan, blocks, flow, keeper, progress),
+            prior=around.prior,
+            gradients=gradients,
+            dense=dense,
         )
-    if flow is not None:
-        flow.hidden.close()
+    for each in (flow, dense):
+        if each is not None:
+            each.hidden.close()
     with _stage(seconds, "finish"):
         files = complete(opened, blocks, records, rows)
     with _stage(seconds, "gate"), progress.stage("gate", 1) as stage:
@@ -291,9 +296,10 @@ def run_resident(
         with _stage(seconds, "survey"):
             plan, gradients = before_the_cut(plan, around)
         flow = fresh(tokens) if tokens is not None and plan.parts.cut_tokens else None
+        dense = fresh(tokens) if tokens is not None and plan.parts.dense else None
         keeper = MemoryKeeper()
         with _stage(seconds, "cut"):
-            rows, _ = cut(plan, blocks, flow, keeper, progress, gradients=gradients)
+            rows, _ = cut(plan, blocks, flow, keeper, progress, gradients=gradients, dense=dense)
     for key, value in plan.config_changes.items():
         setattr(model.config, key, value)
     data = report_data(plan, rows, fixed={}, seconds=seconds, progress=progress)

@@ -10,6 +10,7 @@ from llmprune.allocation.distortion import least_distortion, least_divergence, o
 from llmprune.allocation.evidence import layer_adaptive, magnitudes, share_of_lowest
 from llmprune.allocation.learned import by_descent
 from llmprune.allocation.manual import as_named
+from llmprune.allocation.modules import module_of
 from llmprune.allocation.outliers import by_outliers, outlier_share
 from llmprune.allocation.perturbation import by_noise, two_of_each
 from llmprune.allocation.search import by_search, rounds_of_search
@@ -31,6 +32,15 @@ ALLOCATIONS: Registry[Allocation] = Registry(
             min_keep=Fraction(1, 20),
             paper="Gupta et al., 2022: Is Complexity Required for Neural Network Pruning? A Case "
             "Study on Global Magnitude Pruning",
+        ),
+        "dimap": Allocation(
+            fn=share_of_lowest,
+            needs=("profile",),
+            profile=Profile(
+                fn=magnitudes, ranked=True, normalise=layer_adaptive, among=module_of
+            ),
+            paper="He & Zhou, 2024: Data-independent Module-Aware Pruning for Hierarchical Vision "
+            "Transformers",
         ),
         "lamp": Allocation(
             fn=share_of_lowest,
@@ -102,7 +112,7 @@ ALLOCATIONS: Registry[Allocation] = Registry(
             needs=("profile", "probe"),
             profile=Profile(fn=error_curve, needs=("gram",)),
             rounds=one_round,
-            options={"max_share": 0.95},
+            options={"power": 1.5, "max_share": 0.95},
             judged=True,
             paper="Xu et al., 2023: Efficient Joint Optimization of Layer-Adaptive Weight Pruning "
             "in Deep Neural Networks",

@@ -56,15 +56,19 @@ def weights_of(request: Request, teams: Sequence[Sequence[Site]]) -> list[float]
 def least_divergence(request: Request) -> dict[str, Fraction]:
     """Return the shares at which the divergences that single linears cause sum to least.
 
-    One round of the probe: every linear alone loses the target, and its curve is scaled to the
-    divergence that this causes.
+    One round of the probe: every linear alone loses the target, and its curve, to the power
+    `power`, is scaled to the divergence that this causes. Together linears lose more than their
+    sum, the more so the less of them is left, so that powers above 1 do better than 1.
     """
+    power = option(request, "power", above=0, most=10)
     teams = teams_of(request.sites)
     target = np.array([float(request.target)])
     errors = [float(error_at(curve_of(request, team), target)[0]) for team in teams]
     measured = divergences_alone(request, teams)
-    scales = [kl / error if error > 0 else 0.0 for kl, error in zip(measured, errors, strict=True)]
-    return _shares(request, teams, scales)
+    scales = [
+        kl / error**power if error > 0 else 0.0 for kl, error in zip(measured, errors, strict=True)
+    ]
+    return _shares(request, teams, scales, power)
 
 
 def divergences_alone(request: Request, teams: Sequence[Sequence[Site]]) -> list[float]:
@@ -110,12 +114,15 @@ def curve_of(request: Request, team: Sequence[Site]) -> Floats:
 
 
 def _shares(
-    request: Request, teams: Sequence[Sequence[Site]], scales: Sequence[float]
+    request: Request,
+    teams: Sequence[Sequence[Site]],
+    scales: Sequence[float],
+    power: float = 1.0,
 ) -> dict[str, Fraction]:
-    """Return the shares at which the scaled curves sum to least."""
+    """Return the shares at which the scaled powers of the curves sum to least."""
     limit = max(option(request, "max_share", above=0, most=1), float(request.target))
     errors: list[Callable[[Floats], Floats]] = [
-        partial(_scaled_error, curve_of(request, team), scale)
+        partial(_scaled_error, curve_of(request, team), scale, power)
         for team, scale in zip(teams, scales, strict=True)
     ]
     sizes = [sum(site.num_weights for site in team) for team in teams]
@@ -124,5 +131,6 @@ def _shares(
     return fitted(request, wished, at_most=limit)
 
 
-def _scaled_error(curve_L: Floats, scale: float, shares: Floats) -> Floats:
-    return scale * error_at(curve_L, shares)
+def _scaled_error(curve_L: Floats, scale: float, power: float, shares: Floats) -> Floats:
+    found: Floats = scale * error_at(curve_L, shares) ** power
+    return found

@@ -24,7 +24,7 @@ from llmprune.allocation.knapsack import cheapest_shares
 from llmprune.allocation.types import Candidate, Request
 from llmprune.arch.types import Site
 
-_GROWTH = 6  # power of the share at which divergence is taken to grow, where no curve is known
+_GROWTH = 8  # power of the share at which divergence is taken to grow, where no curve is known
 _RIDGE = 1.0  # levels squared, beside those of the moves that were measured
 _TRIES = 20  # draws for one new candidate
 
@@ -102,9 +102,8 @@ def by_search(request: Request) -> dict[str, Fraction]:
             knowledge.add(move, kl - own)
             if kl < own:
                 gains.append(move)
-        if gains:  # the best of this generation; its move is no longer one to be made
-            before, parent = parent, _plus(parent, gains.pop(0))
-            assert before != parent
+        if gains:  # the best is made now, the others may be next
+            parent = _plus(parent, gains.pop(0))
     wished = {
         site.name: float(share)
         for team, share in zip(teams, space.shares(parent), strict=True)

@@ -18,11 +18,11 @@ from torch import Tensor
 from llmprune.allocation.fitting import fitted, means_by_block, option, scaled
 from llmprune.allocation.types import Request
 from llmprune.mask.pieces import PIECE
+from llmprune.stats.precision import float32_products
 from llmprune.stats.types import Stats
 
 _BINS = 100  # of the histogram whose highest bin says where the tail begins
 _WINDOW = (0.95, 1.5)  # times that bin: the beginnings that are tried
-_RANK = 1e-12  # of the largest eigenvalue: smaller ones are rounding
 
 Floats = NDArray[np.float64]
 
@@ -37,7 +37,6 @@ def tail_exponent(weight_OI: Tensor, stats: Stats, keep_OI: Tensor | None) -> Te
     True
     """
     eigen_E = _spectrum(weight_OI)
-    eigen_E = eigen_E[eigen_E > _RANK * max(eigen_E[-1], 0.0)] if len(eigen_E) else eigen_E
     return torch.tensor([_peak_rule(eigen_E)], dtype=torch.float64)
 
 
@@ -82,9 +81,10 @@ def by_spectrum(request: Request) -> dict[str, Fraction]:
 
 
 def _spectrum(weight_OI: Tensor) -> Floats:
-    """Return the eigenvalues of W W^T or W^T W, whichever is smaller, ascending.
+    """Return the eigenvalues of W W^T or W^T W, whichever is smaller, ascending, float64.
 
-    In float64 on the host; float32 on accelerators, many of which are slow at more or lack it.
+    Without those that are no more than rounding beside the largest. Computed in float64 on the
+    host, in float32 on accelerators, many of which are slow at more or lack it.
     """
     wide_SL = (
         weight_OI.detach() if weight_OI.shape[0] <= weight_OI.shape[1] else weight_OI.detach().T
@@ -92,12 +92,13 @@ def _spectrum(weight_OI: Tensor) -> Floats:
     dtype = torch.float64 if wide_SL.device.type == "cpu" else torch.float32
     size = wide_SL.shape[0]
     gram_SS = torch.zeros(size, size, dtype=dtype, device=wide_SL.device)
-    for part_SL in wide_SL.split(max(1, PIECE // max(1, size)), dim=1):
-        part_SL = part_SL.to(dtype)
-        gram_SS.addmm_(part_SL, part_SL.T)
-    eigen_E = torch.linalg.eigvalsh(gram_SS).to("cpu", torch.float64)
-    found: Floats = eigen_E.numpy()
-    return found
+    with float32_products(wide_SL.device):
+        for part_SL in wide_SL.split(max(1, PIECE // max(1, size)), dim=1):
+            part_SL = part_SL.to(dtype)
+            gram_SS.addmm_(part_SL, part_SL.T)
+    found: Floats = torch.linalg.eigvalsh(gram_SS).to("cpu", torch.float64).numpy()
+    rounding = torch.finfo(dtype).eps * size * float(found[-1]) if size else 0.0
+    return found[found > max(0.0, rounding)]
 
 
 def _peak_rule(eigen_E: Floats) -> float:

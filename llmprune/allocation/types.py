@@ -88,7 +88,9 @@ class Profile:
     With `ranked` the answer is score_OI: new, float32, not below 0, higher = keep. All units of the
     model are then ranked together, tiles by their pooled score, and the profile is how many of the
     linear's are among the lowest, int64 (1,). `normalise`, if given, maps the scores of a linear's
-    units, in any order and without those removed before, to the scores that are compared.
+    units, in any order and without those removed before, to the scores that are compared. With
+    `among`, which names a class for every linear (by its name in the block), units are ranked
+    within their class only, and each class loses the same share.
     """
 
     fn: Callable[..., Tensor] | Callable[..., Mapping[str, Tensor]]
@@ -97,6 +99,7 @@ class Profile:
     options: tuple[str, ...] = ()
     ranked: bool = False
     normalise: Callable[[Tensor], Tensor] | None = None
+    among: Callable[[str], str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

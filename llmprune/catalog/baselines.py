@@ -85,6 +85,26 @@ BASELINES = {
             "the whole model go. Within a linear this is the order of magnitudes."
         ),
     ),
+    "dimap": Method(
+        name="dimap",
+        title="DIMAP",
+        score="magnitude",
+        allocation="dimap",
+        solver="zero",
+        group="matrix",
+        pool="l2",
+        patterns=("unstructured", "HxW"),
+        paper=(
+            "He and Zhou, Data-independent Module-Aware Pruning for Hierarchical Vision "
+            "Transformers, arXiv:2404.13648"
+        ),
+        year=2024,
+        summary=(
+            "LAMP's number, ranked module by module over all blocks: linears that read what "
+            "attention is given, those that write what it returns, and those of the FFN. Each "
+            "module loses the same share. Needs no text."
+        ),
+    ),
     "wanda": Method(
         name="wanda",
         title="Wanda",

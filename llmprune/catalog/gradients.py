@@ -103,23 +103,4 @@ GRADIENTS = {
             "steps towards the dense block's output."
         ),
     ),
-    "dimap": Method(
-        name="dimap",
-        title="DIMAP",
-        score="dimap",
-        allocation="uniform",
-        solver="zero",
-        group="matrix",
-        pool="mean",
-        patterns=("unstructured", "N:M", "HxW"),
-        paper=(
-            "He and Zhou, Data-independent Module-Aware Pruning for Hierarchical Vision "
-            "Transformers, ICLR 2024"
-        ),
-        year=2024,
-        summary=(
-            "Ranks weights by the share of their module's squared norm that goes with them. "
-            "Needs no text."
-        ),
-    ),
 }

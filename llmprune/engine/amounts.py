@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmprune.allocation import ALLOCATIONS
 from llmprune.allocation.projector import default_multiple, project
-from llmprune.allocation.types import Probe, Request
+from llmprune.allocation.types import Probe, Profile, Request
 from llmprune.arch.types import Site
 from llmprune.base.errors import RecipeError
 from llmprune.catalog import METHODS, Method
@@ -189,12 +189,19 @@ def survey_cost(
         rounds.append(2)
     walks = awaited and (profile is not None or row.judged)
     return Survey(
-        num_reads=(1 if once else 2) if walks else 0,
+        num_reads=(1 if once else 1 + _num_classes(profile, sites)) if walks else 0,
         num_linears=len(sites) if ranked else 0,
         forward=bool(parts.survey or parts.probes),
         rounds=tuple(rounds),
         moments=len(parts.backward),
     )
+
+
+def _num_classes(profile: Profile | None, sites: Sequence[Site]) -> int:
+    """Return how many rankings there are, each of which may take a second look."""
+    if profile is None or profile.among is None:
+        return 1
+    return len({profile.among(site.spans[0].linear) for site in sites})
 
 
 def check_reads(step: PruneStep, allocation: str, cost: Estimate) -> None:

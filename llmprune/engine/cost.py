@@ -25,6 +25,7 @@ LIBRARIES = 340_000_000  # anonymous pages of torch, transformers and datasets a
 GATE_LIBRARIES = 330_000_000  # the fresh process of the gate, without datasets
 ACTIVATIONS = 64_000_000  # a micro-batch may always use this much
 DEVICE_TOKENS = 16384  # a micro-batch on an accelerator holds no more tokens
+TAPE = 32_000_000_000  # what all blocks are given is kept on disk up to this, for a backward walk
 PROBE_ROOM = 512_000_000  # hidden states of candidates may always use this much
 WEIGHT_RATE = 0.3e9  # bytes per second that a weight-only cut reads, masks, hashes and writes
 
@@ -107,12 +108,15 @@ def estimate(
     survey: Survey | None = None,
     statistics_bytes: int = 0,
     single: bool = False,
+    streams: int = 1,
+    trains: bool = False,
 ) -> Estimate:
     """Estimate a run; `itemsize` is that of the dtype that blocks are held in, `rate` in FLOP/s.
 
     `statistics_bytes` is what the statistics of the largest block take up; where that is more than
     a quarter of what may be used, the block is observed in rounds. With `single` every micro-batch
-    is one sequence.
+    is one sequence; `streams` are the hidden states held per token, and with `trains` blocks are
+    trained.
 
     Raises:
         TooLarge: it does not fit the memory that there is, or that --max-memory allows.
@@ -125,7 +129,7 @@ def estimate(
     per_token += 3 * shape.eager_heads * seq_len * itemsize
     micro = micro_batch(shape, per_token, seq_len, num_samples, itemsize, device_budget, on_host)
     micro = micro if forward and not single else 1
-    hidden = num_samples * seq_len * shape.hidden_size * itemsize if forward else 0
+    hidden = streams * num_samples * seq_len * shape.hidden_size * itemsize if forward else 0
     activations = micro * seq_len * per_token if forward else 0
     learnt = min(statistics_bytes, max(ACTIVATIONS, device_budget // 4))
     block = shape.block_params * itemsize
@@ -138,11 +142,15 @@ def estimate(
     num_candidates = max(survey.rounds, default=0)
     at_once = max(1, min(num_candidates, max(PROBE_ROOM, host_budget // 8) // each))
     states = (min(at_once, num_candidates) + 2) * each if survey.rounds else 0
-    walks = sum(-(-num // at_once) for num in survey.rounds) + 2 * bool(survey.moments)
+    saved = hidden // streams * (shape.num_blocks + 1) if survey.moments else 0
+    groups = 1 if saved < host_budget // 2 else -(-saved // TAPE)
+    walks = sum(-(-num // at_once) for num in survey.rounds)
+    walks += 2 * groups if survey.moments else 0
     working = max(
         block + learnt + max(activations, deciding + shape.largest_shard),
         backward,
         block + states + activations,
+        block + shape.block_params * 20 + micro * graph if trains else 0,
         (shape.entrance_params * itemsize if forward else 0) + activations,
         shape.exit_params * itemsize + 3 * LOGITS * 4 if eval_tokens else 0,
     )
@@ -168,8 +176,8 @@ def estimate(
     probing = sum(survey.rounds) * (each / shape.hidden_size / itemsize) * (flops + head) / rate
     surveying = survey.num_reads * passing + probing
     surveying += 4 * flops * tokens / rate if survey.moments else 0.0
-    saved = hidden * (shape.num_blocks + 1) if survey.moments else 0
     spill: Place = "host" if host + saved < host_budget else "disk"
+    saved = saved if spill == "host" else min(saved, TAPE)
     return Estimate(
         micro_batch=micro,
         statistics_bytes=learnt,

@@ -37,10 +37,12 @@ Learnt = Mapping[str, Stats]
 
 
 class Known(NamedTuple):
-    """What is known of a block before it is opened: masks of earlier prunings, gradients."""
+    """What is known of a block before it is opened: masks of earlier prunings, gradients, and
+    (where a repair wants it) what reaches it in the dense model."""
 
     masks: Prior
     learnt: Learnt
+    dense: Stream | None = None
 
 
 class Target(Blocks, Protocol):
@@ -74,11 +76,13 @@ def cut(
     *,
     prior: Callable[[int], Prior] = lambda index: {},
     gradients: Callable[[int], Learnt] = lambda index: {},
+    dense: Stream | None = None,
 ) -> tuple[list[dict[str, Any]], int | None]:
     """Cut all blocks that are not whole yet; return every block's record, and the last whole one.
 
     `stream` is absent for methods that look at weights alone; `prior` gives the masks of earlier
-    prunings of a block, and `gradients` what a backward survey learnt of its linears.
+    prunings of a block, and `gradients` what a backward survey learnt of its linears. `dense` are
+    hidden states of the dense model, walked alongside for repairs that compare with them.
     """
     records = [keeper.whole(index) for index in range(len(blocks))]
     done = [record is not None for record in records]
@@ -92,11 +96,11 @@ def cut(
         for index, record in enumerate(records):
             if record is None:
                 more = not all(done[index + 1 :])
-                known = Known(prior(index), gradients(index))
+                known = Known(prior(index), gradients(index), dense)
                 record = _cut_block(plan, cutter, blocks, stream, keeper, index, known, more)
                 _report(record, progress)
             elif stream is not None and not all(done[index:]):
-                _pass_through(plan, blocks, stream, index)
+                _pass_through(plan, blocks, stream, dense, index)
             found.append(record)
             stage.advance(
                 f"block {index}",
@@ -140,7 +144,7 @@ def _cut_block(
         if plan.method.repair is None:
             outcome, dense_output = decide()
         else:
-            outcome, dense_output = _repaired(plan, block, stream, decide, seconds)
+            outcome, dense_output = _repaired(plan, block, stream, known, decide, seconds)
         with _timed(seconds, "solve"):
             outcome.carry(known.masks)
         with _timed(seconds, "write"):
@@ -211,6 +215,7 @@ def _repaired(
     plan: Plan,
     block: Block,
     stream: Stream | None,
+    known: Known,
     decide: Callable[[], tuple[Outcome, Tensor | None]],
     seconds: dict[str, float],
 ) -> tuple[Outcome, Tensor | None]:
@@ -220,6 +225,8 @@ def _repaired(
     options = plan.options_of(repair.options)
     seed = plan.recipe.seed + block.index
     with _timed(seconds, "repair"):
+        if known.dense is not None:
+            advance(block, known.dense)
         seen = repair.watch(block, stream, options, seed)
     found = [decide()]
 
@@ -235,6 +242,8 @@ def _repaired(
         decide=again,
         seed=seed,
         options=options,
+        dense=None if known.dense is None else known.dense.hidden,
+        undo=lambda: found.append(found[0]),
     )
     with _timed(seconds, "repair"):
         facts = repair.fn(work)
@@ -263,8 +272,13 @@ def _advance(
     return float(difference / torch.linalg.vector_norm(dense_output.float()))
 
 
-def _pass_through(plan: Plan, blocks: Target, stream: Stream, index: int) -> None:
+def _pass_through(
+    plan: Plan, blocks: Target, stream: Stream, dense: Stream | None, index: int
+) -> None:
     """Advance through a block that was cut in an earlier run."""
+    if dense is not None:
+        with blocks.open(index) as block:
+            advance(block, dense)
     opened = blocks.open if plan.prune.propagate == "dense" else blocks.stored
     with opened(index) as block:
         advance(block, stream)

@@ -27,7 +27,8 @@ class Needs:
 
     `cut` are statistics of taps while a block is cut, `regional` gradients of its own output then;
     `survey` statistics of taps before the first cut, `backward` gradients of the loss before it.
-    `inputs` says that a block's inputs are needed though no statistic is; `probes` that candidates
+    `inputs` says that a block's inputs are needed though no statistic is, `dense` that the dense
+    model is walked alongside; `probes` that candidates
     are walked and compared with the dense model.
     """
 
@@ -36,6 +37,7 @@ class Needs:
     survey: tuple[str, ...] = ()
     backward: tuple[str, ...] = ()
     inputs: bool = False
+    dense: bool = False
     probes: bool = False
 
     @property
@@ -118,6 +120,7 @@ def needs_of(method: Method, allocation: str, *, searches: bool = False) -> Need
         survey=row.profile.needs if row.profile else (),
         backward=tuple(dict.fromkeys(backward)),
         inputs=method.repair is not None,
+        dense=method.repair is not None and REPAIRS[method.repair].dense,
         probes=searches or row.judged or "probe" in row.needs,
     )
 

@@ -269,6 +269,8 @@ def make_plan(
         survey=survey_cost(step, allocation, pattern, sites, parts, stored, counts is None),
         statistics_bytes=most_statistics(anatomies, groups, {*parts.cut, *parts.survey}),
         single=bool(parts.regional),
+        streams=1 + parts.dense + parts.inputs,
+        trains=parts.inputs,
     )
     check_reads(step, allocation, cost)
     group = step.group or method.group

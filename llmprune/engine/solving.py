@@ -35,6 +35,7 @@ from llmprune.solver import REFINEMENTS, SOLVERS
 from llmprune.solver.acceptance import accept
 from llmprune.solver.errors import relative_error
 from llmprune.solver.types import Choose, Fact, Settings, Solved
+from llmprune.stats import STATISTICS
 from llmprune.stats.types import Stats
 from llmprune.walk.block import Block
 
@@ -158,7 +159,7 @@ class Cutter:
         outcome: Outcome,
         learnt: Mapping[str, Stats],
     ) -> None:
-        parts = self._parts(stats, group)
+        parts = self._parts(stats, group, learnt)
         weights = {site.name: block.weight(site.spans[0].linear) for site in group.sites}
         if self.permute and isinstance(self.pattern, NofM):
             stats, prior = self._reorder(group, block, parts, weights, stats, prior, outcome)
@@ -192,14 +193,17 @@ class Cutter:
                 )
             )
 
-    def _parts(self, stats: Stats, group: Group) -> Parts:
+    def _parts(self, stats: Stats, group: Group, learnt: Mapping[str, Stats]) -> Parts:
         """Return the score and solver to use: simpler ones where too few tokens were seen."""
         method, columns = self.method, (group.sites[0].shape or (0, 0))[1]
-        learnt = {*SCORES[method.score].learnt, *SOLVERS[method.solver].needs}
+        needs = {*SCORES[method.score].learnt, *SOLVERS[method.solver].needs}
         own = Parts(method.score, method.solver, method.refine)
-        if not learnt:
-            return own
-        if stats.num_tokens == 0:
+        places = {STATISTICS[name].observe for name in needs}
+        unseen = "tap" in places and stats.num_tokens == 0
+        if places - {"tap"}:  # an expert that no token reached has gradients of zero
+            gradients = [learnt.get(site.spans[0].linear, EMPTY) for site in group.sites]
+            unseen |= not any(bool(v.any()) for each in gradients for v in each.values.values())
+        if unseen:
             return Parts("magnitude", "zero", None, NO_TOKENS)
         if "gram" in stats.values and stats.num_tokens < columns:
             score = "wanda" if SCORES[method.score].adaptive else method.score
@@ -347,7 +351,7 @@ class Cutter:
     ) -> None:
         assert group.coupling is not None
         (site,) = group.sites
-        parts = self._parts(stats, group)
+        parts = self._parts(stats, group, {})
         reader = next(span.linear for span in site.spans if span.axis == "in")
         score_OU = self._scores(parts.score, block.weight(reader), stats, block.prefix + reader)
         unit_score_U = pool(score_OU, self.method.pool)

@@ -17,17 +17,19 @@ import torch
 from llmprune.allocation import ALLOCATIONS
 from llmprune.allocation.threshold import Histogram, count_lowest, histogram
 from llmprune.allocation.types import Candidate, Evidence, Probe, Profile
+from llmprune.arch.types import Site
 from llmprune.base.errors import CheckpointError
 from llmprune.base.progress import Progress
 from llmprune.checkpoint.sink import write_json
 from llmprune.checkpoint.source import read_json
-from llmprune.engine.amounts import num_pruned, spared
+from llmprune.engine.amounts import spared
 from llmprune.engine.cutting import Learnt, Prior
 from llmprune.engine.gradients import Gradients, take_gradients
 from llmprune.engine.plan import Plan
 from llmprune.engine.probing import Prober
 from llmprune.engine.solving import EMPTY
 from llmprune.engine.target import meet_target
+from llmprune.mask.counts import exact_sparsity, round_half_up
 from llmprune.mask.pattern import Tiles, pool_tiles
 from llmprune.stats.types import Stats
 from llmprune.walk.block import Blocks
@@ -214,7 +216,24 @@ def _lowest(plan: Plan, around: Surroundings, profile: Profile) -> dict[str, Ten
                 yield site, _ranked(plan, profile, *each, within)
 
     floor = spared(plan.prune, plan.allocation, plan.sites)
-    counts = count_lowest(look, num_pruned(plan.prune, plan.sites), floor)
+    classes: dict[str, list[Site]] = {}
+    for site in plan.sites:
+        name = profile.among(site.spans[0].linear) if profile.among else ""
+        classes.setdefault(name, []).append(site)
+    first = dict(look(None)) if len(classes) > 1 else {}
+    counts: dict[str, int] = {}
+    passed = wanted = 0
+    for sites in classes.values():
+        names = {site.name for site in sites}
+
+        def own(within: int | None, names: set[str] = names) -> Iterator[tuple[str, Histogram]]:
+            found = first.items() if first and within is None else look(within)
+            return ((site, each) for site, each in found if site in names)
+
+        passed += sum(site.num_units for site in sites)
+        due = round_half_up(exact_sparsity(plan.prune.sparsity) * passed) - wanted
+        wanted += due
+        counts |= count_lowest(own, due, floor)
     return {site: torch.tensor([count]) for site, count in counts.items()}
 
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
 WARM_UP = 0.05  # of all steps
 BETAS = (0.9, 0.95)
+EPS = 1e-10
 HELD = 8  # one of so many micro-batches is held out
 QUIET = 0.1  # a token with less than this share of the median energy weighs no more for it
 _HALF_POWER = 4  # the largest value of a gradient in float16: two to this power
@@ -186,24 +186,30 @@ def _train(
     """Take all steps of Adam."""
     size = goal.stream.hidden.get(train[0], block.device).shape[-3]
     group = min(len(train), max(1, pace.sequences // size))
-    per_epoch = len(train) // group
-    total = max(1, round(per_epoch * pace.epochs))
-    steps = torch.optim.Adam(
-        [
-            {"params": [master], "lr": pace.rate * _spread(master, kept[name])}
-            for name, master in masters.items()
-        ],
-        betas=BETAS,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(steps, partial(_speed, total=total))
+    total = max(1, round(len(train) // group * pace.epochs))
+    rates = {name: pace.rate * _spread(master, kept[name]) for name, master in masters.items()}
+    moments = {name: (torch.zeros_like(m), torch.zeros_like(m)) for name, m in masters.items()}
     orders = _orders(train, group, pace.seed)
-    for _ in range(total):
-        _gradients(block, masters, kept, goal, next(orders), scale)
-        steps.step()
-        schedule.step()
+    for step in range(total):
+        gradients = _gradients(block, masters, kept, goal, next(orders), scale)
+        for name, master in masters.items():
+            rate = rates[name] * _speed(step, total)
+            _adam(master, gradients.pop(name), moments[name], rate, step + 1)
         _put(block, masters)
-    for master in masters.values():
-        master.grad = None
+
+
+def _adam(
+    weight: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], rate: float, step: int
+) -> None:
+    """Take one step in place; where gradients have always been 0 nothing moves.
+
+    By hand because the library's loads its compiler for it, which takes seconds and memory.
+    """
+    mean, square = moments
+    mean.lerp_(gradient, 1 - BETAS[0])
+    square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+    size = square.div(1 - BETAS[1] ** step).sqrt_().add_(EPS)
+    weight.addcdiv_(mean, size, value=-rate / (1 - BETAS[0] ** step))
 
 
 def _speed(step: int, total: int) -> float:
@@ -235,11 +241,10 @@ def _gradients(
     goal: Goal,
     batches: list[int],
     scale: float,
-) -> None:
-    """Put the gradients of the error beside the weights: its square, as a multiple of before's."""
-    for master in masters.values():
-        master.grad = torch.zeros_like(master)
-    params = [block.module.get_parameter(name) for name in masters]
+) -> dict[str, Tensor]:
+    """Return the gradients of the squared error, in units of what it was before; 0 where pruned."""
+    sums = {name: torch.zeros_like(master) for name, master in masters.items()}
+    params = [block.module.get_parameter(name) for name in sums]
     for batch in batches:
         with torch.enable_grad():
             output, difference, weight = goal.difference(block, batch)
@@ -249,9 +254,10 @@ def _gradients(
             output, params, (upstream * lift).to(output.dtype), allow_unused=True
         )
         del output, difference, upstream
-        for (name, master), gradient in zip(masters.items(), found, strict=True):
-            if gradient is not None and master.grad is not None:
-                master.grad.add_(gradient.float() * kept[name], alpha=1 / lift)
+        for (name, total), gradient in zip(sums.items(), found, strict=True):
+            if gradient is not None:
+                total.add_(gradient.float().mul_(kept[name]), alpha=1 / lift)
+    return sums
 
 
 def _lift(output: Tensor, upstream: Tensor) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from llmprune.base.registry import Registry
 from llmprune.score.activation import relative_importance, wanda
 from llmprune.score.curvature import optimal_brain_surgeon
-from llmprune.score.distortion import relative_distortion
 from llmprune.score.gradient import (
     ALPHA,
     first_order,
@@ -110,14 +109,6 @@ SCORES: Registry[Score] = Registry(
             paper="Yang et al., 2025: Wanda++: Pruning Large Language Models via Regional "
             "Gradients",
             options={"alpha": ALPHA},
-        ),
-        "dimap": Score(
-            fn=relative_distortion,
-            needs=(),
-            level="weight",
-            adaptive=False,
-            paper="He & Zhou, 2024: Data-independent Module-Aware Pruning for Hierarchical "
-            "Vision Transformers",
         ),
     },
 )

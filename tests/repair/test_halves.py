@@ -266,9 +266,9 @@ def test_held_out_micro_batches_are_never_trained_with(
 
     def noted(
         block: Any, masters: Any, kept: Any, goal: Any, batches: list[int], scale: float
-    ) -> None:
+    ) -> Any:
         used.update(batches)
-        gradients(block, masters, kept, goal, batches, scale)
+        return gradients(block, masters, kept, goal, batches, scale)
 
     monkeypatch.setattr(fitting, "_gradients", noted)
     repaired(make_model("llama"), tokens, "block", epochs=3)
@@ -286,3 +286,18 @@ def test_a_block_without_error_is_left_alone(make_model: MakeModel, tokens: Tens
         facts = REPAIRS["block"].fn(work_of(block, stream, keep, None, dense))
         assert facts["block.accepted"] is False and facts["block.error_before"] == 0
         assert all(torch.equal(before[key], value) for key, value in weights_of(block).items())
+
+
+def test_steps_are_those_of_the_library_optimiser() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 5, generator=generator)
+    other = weight.clone().requires_grad_()
+    steps = torch.optim.Adam([other], lr=0.1, betas=fitting.BETAS, eps=fitting.EPS)
+    moments = (torch.zeros(4, 5), torch.zeros(4, 5))
+    for step in range(1, 6):
+        gradient = torch.randn(4, 5, generator=generator)
+        gradient[0] = 0
+        other.grad = gradient.clone()
+        steps.step()
+        fitting._adam(weight, gradient, moments, 0.1, step)
+    torch.testing.assert_close(weight, other.detach())

@@ -1,46 +1,13 @@
-"""Scores by relative distortion: the published formula, and who is ranked against whom."""
+"""Linears ranked module by module: which belong together, and that it changes what goes."""
 
 from __future__ import annotations
 
-import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
+from llmprune.allocation.modules import module_of
 from llmprune.arch.table import FAMILIES
-from llmprune.score import SCORES
-from llmprune.score.distortion import module_of
-from llmprune.stats.types import Stats
 from tests.reference import formulas
-
-NOTHING = Stats(num_tokens=0, values={})
-
-
-def dimap(weight_OI: Tensor) -> Tensor:
-    return SCORES["dimap"].fn(weight_OI, NOTHING)
-
-
-def test_the_vector_worked_out_by_hand() -> None:
-    """Squares 9, 1 over their sums from the largest down: 9/9 and 1/10; ties share one sum."""
-    torch.testing.assert_close(dimap(torch.tensor([[3.0, -1.0]])), torch.tensor([[1.0, 0.1]]))
-    found = dimap(torch.tensor([[10.0], [1.0], [-10.0]]))
-    torch.testing.assert_close(found, torch.tensor([[0.5], [1 / 201], [0.5]]))
-    assert not bool(dimap(torch.zeros(2, 3)).any())
-
-
-@given(values=st.lists(st.sampled_from([0.0, 0.5, -0.5, 1.0, 3.0, -7.0]), min_size=1, max_size=12))
-def test_the_formula_weight_by_weight(values: list[float]) -> None:
-    found = dimap(torch.tensor([values])).flatten()
-    torch.testing.assert_close(found, torch.tensor(formulas.layer_adaptive(values)))
-
-
-def test_pieces_and_strides_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)).round(decimals=1)
-    whole = dimap(weight)
-    monkeypatch.setattr("llmprune.score.distortion._PIECE", 7)
-    assert torch.equal(dimap(weight), whole)
-    assert torch.equal(dimap(weight.T), whole.T)
 
 
 def lowest(scores: dict[str, Tensor], num: int) -> dict[str, int]:
@@ -60,7 +27,10 @@ def test_ranked_within_modules_it_removes_other_weights_than_magnitude_and_lamp(
         up0: torch.tensor([9.0, 0.3, 0.2, 0.1]),
         up1: torch.tensor([5.0, 5.0, 5.0, 5.0]),
     }
-    scores = {name: dimap(weight[None]) for name, weight in weights.items()}
+    scores = {
+        name: torch.tensor(formulas.layer_adaptive(weight.tolist()))
+        for name, weight in weights.items()
+    }
     found: dict[str, int] = {}
     for module in ("attention_in", "ffn"):
         own = {n: s for n, s in scores.items() if module_of(n.partition(".")[2]) == module}
