@@ -6,8 +6,9 @@ from llmprune.base.registry import Registry
 from llmprune.catalog.baselines import BASELINES
 from llmprune.catalog.gradients import GRADIENTS
 from llmprune.catalog.second_order import SECOND_ORDER
+from llmprune.catalog.shares import SHARES
 from llmprune.catalog.types import Method
 
-METHODS: Registry[Method] = Registry("method", {**BASELINES, **SECOND_ORDER, **GRADIENTS})
+METHODS: Registry[Method] = Registry("method", {**BASELINES, **SECOND_ORDER, **GRADIENTS, **SHARES})
 
 __all__ = ["METHODS", "Method"]

@@ -107,15 +107,15 @@ def estimate(
     rate: float,
     survey: Survey | None = None,
     statistics_bytes: int = 0,
-    single: bool = False,
+    most: int | None = None,
     streams: int = 1,
     trains: bool = False,
 ) -> Estimate:
     """Estimate a run; `itemsize` is that of the dtype that blocks are held in, `rate` in FLOP/s.
 
     `statistics_bytes` is what the statistics of the largest block take up; where that is more than
-    a quarter of what may be used, the block is observed in rounds. With `single` every micro-batch
-    is one sequence; `streams` are the hidden states held per token, and with `trains` blocks are
+    a quarter of what may be used, the block is observed in rounds. Micro-batches hold `most` sequences
+    at most; `streams` are the hidden states held per token, and with `trains` blocks are
     trained.
 
     Raises:
@@ -128,7 +128,7 @@ def estimate(
     per_token = (8 * shape.hidden_size + 4 * shape.widest) * itemsize
     per_token += 3 * shape.eager_heads * seq_len * itemsize
     micro = micro_batch(shape, per_token, seq_len, num_samples, itemsize, device_budget, on_host)
-    micro = micro if forward and not single else 1
+    micro = min(micro, most or micro) if forward else 1
     hidden = streams * num_samples * seq_len * shape.hidden_size * itemsize if forward else 0
     activations = micro * seq_len * per_token if forward else 0
     learnt = min(statistics_bytes, max(ACTIVATIONS, device_budget // 4))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -18,7 +19,7 @@ from llmprune.base.memory import LARGE_PIECE, anonymous_bytes, return_freed
 from llmprune.base.progress import Progress
 from llmprune.calibration.replay import call
 from llmprune.engine.plan import Plan
-from llmprune.engine.solving import EMPTY, Cutter, Outcome
+from llmprune.engine.solving import EMPTY, Cutter, Outcome, follow
 from llmprune.repair import REPAIRS
 from llmprune.repair.types import Work
 from llmprune.stats.types import Stats
@@ -140,13 +141,10 @@ def _cut_block(
         for site in (site for group in plan.groups[index] for site in group.sites):
             for span in site.spans:
                 block.check_finite(span.linear)
-        decide = partial(_decide, plan, cutter, block, stream, known, seconds)
-        if plan.method.repair is None:
-            outcome, dense_output = decide()
-        else:
-            outcome, dense_output = _repaired(plan, block, stream, known, decide, seconds)
+        act = _decide if plan.method.repair is None else _repaired
+        outcome, dense_output = act(plan, cutter, block, stream, known, seconds)
         with _timed(seconds, "solve"):
-            outcome.carry(known.masks)
+            outcome.carry(known.masks, block.prefix)
         with _timed(seconds, "write"):
             redo = None if cutter.updates else partial(cutter.redo, outcome=outcome)
             shard = blocks.commit(block, outcome.touched, redo)
@@ -213,10 +211,10 @@ def _decide(
 
 def _repaired(
     plan: Plan,
+    cutter: Cutter,
     block: Block,
     stream: Stream | None,
     known: Known,
-    decide: Callable[[], tuple[Outcome, Tensor | None]],
     seconds: dict[str, float],
 ) -> tuple[Outcome, Tensor | None]:
     """Cut a block and improve it in place; weights are rounded to what is stored at the end."""
@@ -228,26 +226,33 @@ def _repaired(
         if known.dense is not None:
             advance(block, known.dense)
         seen = repair.watch(block, stream, options, seed)
-    found = [decide()]
+    first, dense_output = _decide(plan, cutter, block, stream, known, seconds)
+    found = [first]
+    for order in first.permuted:  # channels are put in order once
+        masks, learnt = follow(order, block.prefix, known.masks), follow(order, "", known.learnt)
+        known = known._replace(masks=masks, learnt=learnt)
 
     def again() -> dict[str, Tensor]:
-        found.append((decide()[0], found[0][1]))
-        return found[-1][0].keeps(block)
+        later = replace(cutter, permute=False)
+        found.append(_decide(plan, later, block, stream, known, seconds)[0])
+        found[-1].permuted.extend(first.permuted)
+        found[-1].touched |= first.touched
+        return found[-1].keeps(block)
 
     work = Work(
         block=block,
         stream=stream,
         seen=seen,
-        keep=found[0][0].keeps(block),
+        keep=first.keeps(block),
         decide=again,
         seed=seed,
         options=options,
         dense=None if known.dense is None else known.dense.hidden,
-        undo=lambda: found.append(found[0]),
+        undo=lambda: found.append(first),
     )
     with _timed(seconds, "repair"):
         facts = repair.fn(work)
-        outcome, dense_output = found[-1]
+        outcome = found[-1]
         outcome.facts.update(facts)
         outcome.touched |= block.rounded(outcome.touched, plan.stored)
     return outcome, dense_output

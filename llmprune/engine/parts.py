@@ -84,6 +84,12 @@ def compose(step: PruneStep, pattern: Pattern) -> Method:
             f"prune.pattern: {step.pattern} removes whole units, and {parts[0]} is for weights "
             "that stay in their place. Leave it out, or choose pattern unstructured or N:M."
         )
+    if step.target and isinstance(pattern, Channels) and step.form != "masked":
+        raise RecipeError(
+            f"prune.target: {step.pattern} are cut out of the tensors, whose sizes must be known "
+            "before a sparsity is looked for. Type --set prune.form=masked, or give a --sparsity "
+            "instead of the target."
+        )
     if refine is not None and isinstance(pattern, Tiles):
         raise RecipeError(
             f"prune.refine: {refine} exchanges single weights, which {step.pattern} tiles do not "
@@ -133,6 +139,15 @@ def options_for(given: Mapping[str, float], defaults: Mapping[str, float]) -> di
 def allocation_of(step: PruneStep, method: Method) -> str:
     """Return the name of the allocation: asked for, implied by named shares, or the method's."""
     return step.allocation or ("manual" if step.sparsities else method.allocation)
+
+
+def sequences_at_most(method: Method, parts: Needs, given: Mapping[str, float]) -> int | None:
+    """Return the most sequences of a micro-batch: those of one step, where blocks are trained."""
+    if parts.regional:
+        return 1
+    defaults = REPAIRS[method.repair].options if method.repair else {}
+    steps = options_for(given, defaults).get("sequences")
+    return None if steps is None else max(1, int(steps))
 
 
 def stand_in(score: str) -> str:

@@ -18,7 +18,7 @@ from llmprune.engine.amounts import (
     survey_cost,
 )
 from llmprune.engine.cost import Estimate, estimate, measure_rate
-from llmprune.engine.parts import Needs, compose, needs_of, options_for, stand_in
+from llmprune.engine.parts import Needs, compose, needs_of, options_for, sequences_at_most, stand_in
 from llmprune.engine.shapes import (
     Anatomies,
     Skipped,
@@ -268,7 +268,7 @@ def make_plan(
         rate=measure_rate(device, dtype),
         survey=survey_cost(step, allocation, pattern, sites, parts, stored, counts is None),
         statistics_bytes=most_statistics(anatomies, groups, {*parts.cut, *parts.survey}),
-        single=bool(parts.regional),
+        most=sequences_at_most(method, parts, step.options),
         streams=1 + parts.dense + parts.inputs,
         trains=parts.inputs,
     )

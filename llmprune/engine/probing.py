@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -65,12 +66,13 @@ class Prober:
 
     def __post_init__(self) -> None:
         if self.log is not None and self.log.exists():
-            for line in self.log.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:  # the line that an interruption cut short
-                    continue
+            content = self.log.read_bytes()
+            end = content.rfind(b"\n") + 1
+            for line in content[:end].splitlines():
+                row = json.loads(line)
                 self._known[row["round"]] = row["answers"]
+            if end < len(content):  # the line that an interruption cut short
+                os.truncate(self.log, end)
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[Measured]:
         """Return what each candidate's next-token distributions are like, in order."""
@@ -98,8 +100,9 @@ class Prober:
         """Walk the dense model and all candidates, block by block."""
         blocks = self.blocks
         stream = self.embed(self.tokens_ST)
-        learn = self.learn() if self.learn is not None else None
         first = [stream.hidden.get(batch, blocks.device).clone() for batch in range(len(stream))]
+        stream.hidden.close()  # what is on disk gives way to the stream that is learnt from
+        learn = self.learn() if self.learn is not None else None
         states: dict[State, list[Tensor]] = {(): first}
         at: list[State] = [() for _ in candidates]
         with self.progress.stage("probe", len(blocks)) as stage, torch.no_grad():
@@ -111,9 +114,8 @@ class Prober:
                     states = self._advance(block, stream, learn, states, wanted)
                 at = [_after(s, change) for s, change in zip(at, changes, strict=True)]
                 stage.advance(f"{len(states)} states")
-        for each in (stream, learn):
-            if each is not None:
-                each.hidden.close()
+        if learn is not None:
+            learn.hidden.close()
         return self._compare(states, at)
 
     def _advance(
@@ -173,13 +175,16 @@ class _Changing:
     def changed(self, changes: tuple[Change, ...]) -> Iterator[None]:
         """Change linears of the block within a `with` body."""
         sites = {s.name: s for g in self.prober.plan.groups[self.block.index] for s in g.sites}
-        linears = {name: sites[name].spans[0].linear for name, _, _ in changes}
-        before = {name: self.block.weight(name).clone() for name in linears.values()}
+        linears = {name: [span.linear for span in sites[name].spans] for name, _, _ in changes}
+        before = {
+            name: self.block.weight(name).clone() for names in linears.values() for name in names
+        }
         shares = {name: Fraction(amount) for name, kind, amount in changes if kind == "share"}
         self._cut({name: round_half_up(s * sites[name].num_units) for name, s in shares.items()})
         for name, kind, amount in changes:
             if kind == "noise":
-                self._disturb(name, linears[name], float(amount))
+                for linear in linears[name]:
+                    self._disturb(name, linear, float(amount))
         try:
             yield
         finally:
@@ -189,7 +194,7 @@ class _Changing:
     def _cut(self, counts: Mapping[str, int]) -> None:
         """Cut the linears that a candidate names, all others stay."""
         prober, index = self.prober, self.block.index
-        cutter = replace(prober.cutter, counts=counts)
+        cutter = replace(prober.cutter, counts=counts, shrink=False)
         learnt, prior = prober.gradients(index), prober.prior(index)
         for group in prober.plan.groups[index]:
             named = tuple(site for site in group.sites if site.name in counts)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 NO_TOKENS = "magnitude (no token reached it)"
 EMPTY = Stats(num_tokens=0, values={})
+Order = tuple[Coupling, "Tensor"]
+"""A coupling, and which of its units comes where: order_U."""
+_OfLinear = TypeVar("_OfLinear", "Tensor", Stats)
 BLOCK_COLUMNS = 128  # judged together by a score that adapts, where the pattern does not say
 
 
@@ -55,7 +58,7 @@ class Outcome:
     masks: dict[str, PackedMask] = field(default_factory=dict)
     kept_units: dict[str, Tensor] = field(default_factory=dict)
     cut_out: list[tuple[Coupling, Tensor]] = field(default_factory=list)
-    permuted: list[tuple[Coupling, Tensor]] = field(default_factory=list)
+    permuted: list[Order] = field(default_factory=list)
     touched: set[str] = field(default_factory=set)
     facts: dict[str, Fact] = field(default_factory=dict)
 
@@ -70,8 +73,10 @@ class Outcome:
             for linear, mask in self.masks.items()
         }
 
-    def carry(self, prior: Mapping[str, Tensor]) -> None:
-        """Keep the masks of an earlier pruning where this one decided nothing."""
+    def carry(self, prior: Mapping[str, Tensor], prefix: str) -> None:
+        """Keep the masks of an earlier pruning of a block where this one decided nothing."""
+        for order in self.permuted:
+            prior = follow(order, prefix, prior)
         for linear in prior.keys() - self.masks.keys():
             self.keep(linear, prior[linear])
 
@@ -162,7 +167,11 @@ class Cutter:
         parts = self._parts(stats, group, learnt)
         weights = {site.name: block.weight(site.spans[0].linear) for site in group.sites}
         if self.permute and isinstance(self.pattern, NofM):
-            stats, prior = self._reorder(group, block, parts, weights, stats, prior, outcome)
+            order = self._reorder(group, block, parts, weights, stats, learnt)
+            if order is not None:
+                outcome.permuted.append(order)
+                stats = reordered(stats, order[1])
+                prior, learnt = follow(order, block.prefix, prior), follow(order, "", learnt)
         chooses: dict[str, Choose] = {}
         stages: dict[str, dict[str, float]] = {site.name: {} for site in group.sites}
         for site in group.sites:
@@ -178,6 +187,7 @@ class Cutter:
             weight_OI, result = weights[site.name], solved[site.name]
             if solver.updates:
                 result = self._accepted(weight_OI, result, stats, stages[site.name])
+            error = _error(weight_OI, result, stats)  # before the weight, maybe a view, is replaced
             block.replace(site.spans[0].linear, result.weight_OI.to(weight_OI.dtype))
             outcome.keep(site.name, result.keep_OI)
             outcome.touched |= block.params_of({site.spans[0].linear})
@@ -187,7 +197,7 @@ class Cutter:
                     self._removed_units(result.keep_OI),
                     stats,
                     parts.fallback,
-                    _error(weight_OI, result, stats),
+                    error,
                     weights=result.keep_OI.numel() - int(result.keep_OI.count_nonzero()),
                     facts={**result.facts, **({"stages": s} if (s := stages[site.name]) else {})},
                 )
@@ -230,8 +240,7 @@ class Cutter:
     def _adaptive(self, site: Site, score: str, prior_OI: Tensor | None) -> Choose:
         """Return a choice for the columns asked for, such that the linear's total is its count.
 
-        Where an earlier pruning took more of some columns than their part, the columns that follow
-        lose less.
+        Where an earlier pruning took more of some columns than their part, the others lose less.
         """
         pattern, total = self.pattern, self.counts[site.name]
         assert site.shape is not None and not isinstance(pattern, Channels)
@@ -244,19 +253,18 @@ class Cutter:
             score_OC = SCORES[score].fn(weight_OC, given)
             if cols.start == 0:
                 removed[0] = 0
-            due = (2 * total * cols.stop + width) // (2 * width) - removed[0]
+            stop = min(cols.stop, width)
+            due = (2 * total * stop + width) // (2 * width)
             earlier = 0
             if prior_OI is not None:
                 kept_OC = prior_OI[:, cols].to(score_OC.device)
                 score_OC.masked_fill_(~kept_OC, -torch.inf)
-                gone_OC = (
-                    kept_OC if not isinstance(pattern, Tiles) else tiles_kept(kept_OC, pattern)
-                )
-                earlier = gone_OC.numel() - int(gone_OC.count_nonzero())
-            num_units = height * (cols.stop - cols.start) // site.unit_cost
-            count = total * (cols.stop - cols.start) // width
+                earlier = self._removed_units(kept_OC)
+                due = min(due, total - self._removed_units(prior_OI[:, stop:]))
+            num_units = height * (stop - cols.start) // site.unit_cost
+            count = total * (stop - cols.start) // width
             if not isinstance(pattern, NofM):
-                count = min(max(due, earlier), num_units)
+                count = min(max(due - removed[0], earlier), num_units)
             removed[0] += count
             keep_OC = choose_keep(pattern, score_OC, count, self.group, self.method.pool)
             return keep_OC if prior_OI is None else keep_OC & kept_OC
@@ -303,6 +311,7 @@ class Cutter:
         self, weight_OI: Tensor, solved: Solved, stats: Stats, stages: dict[str, float]
     ) -> Solved:
         """Return what is stored of an update: rows that it made worse are zeroed only."""
+        solved = solved._replace(weight_OI=solved.weight_OI.to(weight_OI.dtype))
         zeroed = Solved(masked(weight_OI, solved.keep_OI), solved.keep_OI)
         stages["masked"] = _error(weight_OI, zeroed, stats) or 0.0
         kept, share = accept(weight_OI, solved, stats["gram"], self.stored)
@@ -316,30 +325,28 @@ class Cutter:
         parts: Parts,
         weights: dict[str, Tensor],
         stats: Stats,
-        prior: Mapping[str, Tensor],
-        outcome: Outcome,
-    ) -> tuple[Stats, Mapping[str, Tensor]]:
+        learnt: Mapping[str, Stats],
+    ) -> Order | None:
         """Put the inputs of a linear whose writers can follow into an order that keeps more.
 
         The linears that write these inputs are put in the same order once the block is decided, so
-        the block computes what it did.
+        the block computes what it did. Returns the order; None where there is no coupling.
         """
         assert isinstance(self.pattern, NofM)
         if len(group.sites) != 1:
-            return stats, prior
+            return None
         (site,) = group.sites
         linear = site.spans[0].linear
         coupling = block.coupling_read_by(linear)
         if coupling is None:
-            return stats, prior
+            return None
         score = parts.score if not SCORES[parts.score].adaptive else "wanda"
-        score_OI = self._scores(score, weights[site.name], with_diagonal(stats), site.name)
+        known = with_diagonal(join(stats, learnt.get(linear)))
+        weight_OI = weights[site.name]
+        score_OI = self._scores(score, weight_OI, known, site.name)
         order_I = permute_columns(score_OI, self.pattern.n, self.pattern.m)
-        weights[site.name] = weights[site.name].index_select(1, order_I)
-        if site.name in prior:
-            prior = {**prior, site.name: prior[site.name].index_select(1, order_I.cpu())}
-        outcome.permuted.append((coupling, order_I))
-        return reordered(stats, order_I), prior
+        weights[site.name] = weight_OI.index_select(1, order_I.to(weight_OI.device))
+        return coupling, order_I
 
     def _cut_units(
         self,
@@ -408,6 +415,32 @@ def join(stats: Stats, own: Stats | None) -> Stats:
     if own is None:
         return stats
     return replace(stats, values={**stats.values, **own.values}, num_sequences=own.num_sequences)
+
+
+def follow(order: Order, prefix: str, known: Mapping[str, _OfLinear]) -> dict[str, _OfLinear]:
+    """Return what is known of linears (O, I), by name, in the order that a coupling was put into.
+
+    Rows of the linears that write its units, columns of those that read them; `prefix` begins the
+    names of the block's linears.
+    """
+    coupling, order_U = order
+    found = dict(known)
+    for span in coupling.spans:
+        name, dim = prefix + span.linear, 0 if span.axis == "out" else 1
+        if name in found:
+            found[name] = _selected(found[name], dim, order_U)
+    return found
+
+
+def _selected(known: _OfLinear, dim: int, order_U: Tensor) -> _OfLinear:
+    """Return a matrix, or every statistic that is one, with an axis in order."""
+    if isinstance(known, Stats):
+        values = {
+            name: value if value.ndim < 2 else value.index_select(dim, order_U.to(value.device))
+            for name, value in known.values.items()
+        }
+        return replace(known, values=values)
+    return known.index_select(dim, order_U.to(known.device))
 
 
 def with_diagonal(stats: Stats) -> Stats:

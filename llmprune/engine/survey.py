@@ -6,6 +6,7 @@ earlier pruning left, S sequences, T tokens.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -18,7 +19,7 @@ from llmprune.allocation import ALLOCATIONS
 from llmprune.allocation.threshold import Histogram, count_lowest, histogram
 from llmprune.allocation.types import Candidate, Evidence, Probe, Profile
 from llmprune.arch.types import Site
-from llmprune.base.errors import CheckpointError
+from llmprune.base.errors import CheckpointError, RecipeError
 from llmprune.base.progress import Progress
 from llmprune.checkpoint.sink import write_json
 from llmprune.checkpoint.source import read_json
@@ -160,7 +161,7 @@ def _prober(
         tokens_ST=set_apart(around.tokens_NT)[1],
         embed=_need(around.embed),
         progress=around.progress,
-        statistics=lambda index: statistics[index],
+        statistics=lambda index: statistics.get(index, {}),
         gradients=around.gradients,
         prior=around.prior,
         at_once=plan.estimate.probe_at_once,
@@ -242,10 +243,13 @@ def _visit(
 ) -> Iterator[tuple[int, Mapping[str, Stats], Mapping[str, Evidence]]]:
     """Yield blocks in order with the statistics of their taps and what there is of every linear.
 
-    A block whose statistics do not fit at once is yielded in parts.
+    A block whose statistics do not fit at once is yielded in parts, unless it is looked at whole.
     """
     stream = around.stream(apart=plan.parts.probes) if needs else None
     blocks, room = around.blocks, plan.estimate.statistics_bytes
+    profile = ALLOCATIONS[plan.allocation].profile
+    if profile is not None and profile.level == "block":
+        room = sys.maxsize
     with around.progress.stage(name, len(blocks)) as stage:
         for index, groups in enumerate(plan.groups):
             with blocks.open(index) as block:
@@ -317,7 +321,11 @@ def before_the_cut(
     if plan.parts.backward:
         around = replace(around, gradients=_gradients(plan, around).of)
     if plan.prune.target:
-        assert question_NT is not None
+        if question_NT is None:
+            raise RecipeError(
+                "prune.target: there is no text to measure perplexity on. The recipe must have a "
+                "step `evaluate` whose text can be read; type --set evaluate.data=demo."
+            )
         plan, found = meet_target(plan, _searcher(plan, around, question_NT))
         plan = replace(plan, target=found)
     if plan.counts is None:

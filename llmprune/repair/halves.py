@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from llmprune.calibration.hidden import HiddenStates
 
-OPTIONS = {"epochs": 4.0, "learning_rate": 0.03, "sequences": 4.0}
+OPTIONS = {"epochs": 4.0, "learning_rate": 0.03, "sequences": 2.0}
 
 
 @dataclass(frozen=True, kw_only=True)

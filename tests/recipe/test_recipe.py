@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llmprune.allocation import ALLOCATIONS
 from llmprune.base.errors import RecipeError, UnknownName
+from llmprune.catalog import METHODS
 from llmprune.recipe import Recipe, build, default_steps, differences, override, read_recipe
+from llmprune.repair import REPAIRS
+from llmprune.solver import REFINEMENTS, SOLVERS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -32,13 +37,67 @@ def test_the_configs_are_there() -> None:
     assert names >= {"wanda-50", "wanda-2of4", "magnitude-50", "ffn-channels-25"}
 
 
+def keys_of_a_recipe() -> dict[str, list[str]]:
+    """Return the keys of every section."""
+    sections = build(wish(sparsity=0.5)).to_dict()
+    prune, evaluate = (next(iter(step.values())) for step in sections["steps"])
+    return {
+        "": [*sections],
+        "calibration": [*sections["calibration"]],
+        "prune": [*prune],
+        "evaluate": [*evaluate],
+    }
+
+
+def keys_of(path: Path) -> list[tuple[str, str]]:
+    """Return the keys that a config gives or shows, in order, each with the comment above it."""
+    known = {key for keys in keys_of_a_recipe().values() for key in keys}
+    found: list[tuple[str, str]] = []
+    comments: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        key = re.match(r"(?:# )?(\w+):(?: [^ ]|$)", line.strip())
+        if key and key[1] in known:
+            found.append((key[1], " ".join(comments)))
+        if (key and key[1] in known) or not line.strip().startswith("# "):
+            comments = []
+        else:
+            comments.append(line.strip(" #"))
+    return found
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configs_name_every_key(path: Path) -> None:
-    text = path.read_text()
-    sections = build(wish(sparsity=0.5)).to_dict()
-    keys = [*sections, *sections["calibration"], *sections["steps"][0]["prune"]]
-    missing = [key for key in keys if f"{key}:" not in text]
-    assert not missing
+    named = {key for key, _ in keys_of(path)}
+    for section, keys in keys_of_a_recipe().items():
+        assert not set(keys) - named, section
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_say_what_a_key_means_in_one_order(path: Path) -> None:
+    def steps(path: Path) -> list[tuple[str, str]]:
+        keys = keys_of(path)
+        return keys[[key for key, _ in keys].index("steps") + 1 :]
+
+    here = steps(path)
+    assert all("efault" in said or "follows" in said for _, said in here)
+    assert [key for key, _ in here] == [key for key, _ in steps(CONFIGS[0])]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_name_parts_that_there_are(path: Path) -> None:
+    said = dict(keys_of(path))
+    tables: dict[str, dict[str, Any]] = {
+        "method": METHODS,
+        "allocation": ALLOCATIONS,
+        "solver": SOLVERS,
+        "refine": REFINEMENTS,
+        "repair": REPAIRS,
+    }
+    for key, table in tables.items():
+        pairs = re.findall(r"([\w+-]+)(?= \||: )|(?<=\| )([\w+-]+)", said[key])
+        names = {one or other for one, other in pairs} - {"none", "Default"}
+        assert len(names) > 2
+        assert names <= table.keys(), key
 
 
 @pytest.mark.parametrize(

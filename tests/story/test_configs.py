@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +60,18 @@ def test_flags_go_before_a_config(
     )
     assert ended.code == 0, ended.err
     assert str(source) in ended.out
+
+
+@pytest.mark.parametrize("effort", ["fast", "good", "best"])
+def test_an_effort_is_planned_for_every_pattern(effort: str, source: Path, tmp_path: Path) -> None:
+    wishes: list[dict[str, Any]] = [
+        *({"sparsity": share} for share in (0.5, 0.7)),
+        {"pattern": "2:4"},
+        {"target": {"ppl": "+5%"}},
+        {"pattern": "16x16", "sparsity": 0.5},
+        {"pattern": "ffn-channels", "sparsity": 0.25},
+    ]
+    for wish in wishes:
+        prune = {"effort": effort, **wish}
+        decided = plan(Recipe(model=str(source), out=str(tmp_path / "o"), steps=[{"prune": prune}]))
+        assert decided.sparsity > 0, wish

@@ -26,9 +26,11 @@ import llmprune.walk.rewriting
 from llmprune import cli
 from llmprune.base.errors import NumericalError
 from llmprune.checkpoint import sink
-from llmprune.engine import cost, cutting, records
+from llmprune.engine import cost, cutting, gradients, records
 from llmprune.engine import plan as planning
+from llmprune.engine.probing import Prober
 from llmprune.engine.solving import Cutter
+from llmprune.repair import halves
 from llmprune.walk import observation
 
 NUM_BLOCKS = 4
@@ -318,6 +320,76 @@ def test_every_stage_may_be_killed(
         nth = (nth - 1) % NUM_BLOCKS + 1  # one group per block
     arguments = [*arguments[:-2], *VARIANTS[variant], *arguments[-2:]]
     kill_and_resume(arguments, expected(arguments), STAGES[name], nth)
+
+
+# What precedes the cut, and what follows it within a block: kept as far as it is whole.
+
+SEARCH = (
+    *("--set", "prune.allocation=evopress", "--set", "prune.options.generations=3"),
+    *("--set", "prune.options.offspring=4", "--set", "prune.options.start=0"),
+)
+TARGET = ("--target", "ppl=+2%", "--set", "prune.sparsity=0.6")
+NOISE = ("--set", "prune.allocation=ecoflap", "--method", "sparsegpt")
+LONGER = [
+    ("gradients", ("--method", "gblm"), lambda n: at_call(gradients.Gradients, "keep", n), 2),
+    ("search", SEARCH, lambda n: at_call(Prober, "_advance", n), 7),
+    ("gradients whole", ("--method", "gblm"), lambda n: at_call(Cutter, "cut", n), 6),
+    ("gradients kept", ("--method", "gblm"),
+     lambda n: at_call(gradients.Gradients, "keep", n, after=True), 3),
+    ("search judged", SEARCH, lambda n: at_call(Prober, "_compare", n), 4),
+    ("search over", SEARCH, lambda n: at_call(Cutter, "reorder_writers", n), 2),
+    ("noise", NOISE, lambda n: at_call(Prober, "_advance", n), 3),
+    ("noise answered", NOISE, lambda n: at_call(Prober, "_walk", n, after=True), 1),
+    ("second order", ("--method", "alps"), lambda n: at_call(Cutter, "cut", n), 7),
+    ("repair", ("--set", "prune.repair=halves"), lambda n: at_call(halves, "fit", n), 4),
+    ("repair of blocks", ("--set", "prune.repair=block"), lambda n: at_call(halves, "fit", n), 3),
+    ("regional repair", ("--method", "wanda++"),
+     lambda n: at_call(cutting, "regional_squares", n), 9),
+    ("target", TARGET, lambda n: at_call(Prober, "_walk", n), 4),
+    ("target met", TARGET, lambda n: at_call(Cutter, "reorder_writers", n), 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "install", "nth"),
+    [
+        pytest.param(*row, id=name, marks=[] if index < 2 else pytest.mark.slow)
+        for index, (name, *row) in enumerate(LONGER)
+    ],
+)
+def test_surveys_searches_and_repairs_may_be_killed(
+    options: tuple[str, ...],
+    install: Install,
+    nth: int,
+    arguments: list[object],
+    expected: Expected,
+    text_file: Path,
+) -> None:
+    own = ("--set", f"evaluate.data={text_file}", *options)
+    arguments = [*arguments[:-2], *own, *arguments[-2:]]
+    kill_and_resume(arguments, expected(arguments), Stage(nth, install), nth)
+
+
+@pytest.mark.slow
+def test_gradients_whose_inputs_are_on_disk_resume_and_leave_nothing(
+    arguments: list[object], expected: Expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*arguments[:-2], "--method", "gblm", *arguments[-2:]]
+    in_memory = expected(arguments)
+    decide = planning.estimate
+    monkeypatch.setattr(
+        planning,
+        "estimate",
+        lambda *args, **kwargs: replace(
+            decide(*args, **kwargs), gradient_place="disk", gradient_bytes=40_000
+        ),
+    )
+    killed = in_child(tmp_path, arguments, lambda: at_call(gradients.Gradients, "keep", 6))
+    assert killed.killed, killed.output
+    assert list((tmp_path / "out.partial").rglob("inputs/*"))
+    second = in_child(tmp_path, arguments)
+    assert second.code == 0, second.output
+    assert contents(tmp_path / "out") == in_memory
 
 
 def test_with_dense_propagation_a_resumed_run_feeds_what_the_source_computes(

@@ -1,22 +1,148 @@
-"""docs/METHODS.md is what its generator makes of the catalogue."""
+"""docs/METHODS.md is what its generator makes of the tables."""
 
 from __future__ import annotations
 
+import json
+import re
 import runpy
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from llmprune.allocation import ALLOCATIONS
 from llmprune.catalog import METHODS
+from llmprune.recipe.effort import stages
+from llmprune.repair import REPAIRS
+from llmprune.score import SCORES
+from llmprune.solver import REFINEMENTS, SOLVERS
 
 ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8")
 
 
-def test_the_committed_page_is_the_generated_one() -> None:
-    made = runpy.run_path(str(ROOT / "eval" / "make_methods_page.py"))["page"]()
-    assert (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8") == made, "run `make docs`"
+@pytest.fixture(scope="module")
+def made() -> dict[str, Any]:
+    """The names of the generator."""
+    return runpy.run_path(str(ROOT / "eval" / "make_methods_page.py"))
+
+
+def part_of_page(title: str) -> str:
+    """Return what stands under a heading, on one line."""
+    return " ".join(PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0].split())
+
+
+def test_the_committed_page_is_the_generated_one(made: dict[str, Any]) -> None:
+    assert made["page"]() == PAGE, "run `make docs`"
 
 
 def test_the_page_has_a_section_for_every_method() -> None:
-    page = (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8")
     for method in METHODS.values():
-        assert f"\n## {method.title}\n" in page
-        assert f"`--method {method.name}`" in page
+        assert f"\n## {method.title}\n" in PAGE
+        assert f"`--method {method.name}`" in part_of_page(method.title)
+
+
+def test_every_link_within_the_page_has_a_heading() -> None:
+    seen: dict[str, int] = {}
+    anchors = set()
+    for heading in re.findall(r"^#+ (.*)$", PAGE, re.MULTILINE):
+        plain = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        count = seen[plain] = seen.get(plain, -1) + 1
+        anchors.add(f"{plain}-{count}" if count else plain)
+    links = set(re.findall(r"\]\(#([^)]*)\)", PAGE))
+    assert {"wanda", "wanda-1"} <= links <= anchors
+
+
+@pytest.mark.parametrize(
+    ("title", "table"),
+    [
+        ("Allocations", ALLOCATIONS),
+        ("Refinements", REFINEMENTS),
+        ("Solvers", SOLVERS),
+        ("Repairs", REPAIRS),
+    ],
+)
+def test_every_part_is_described_with_its_numbers(title: str, table: dict[str, Any]) -> None:
+    text = part_of_page(title)
+    for name, row in table.items():
+        assert f"- `{name}`: " in text
+        for option, value in getattr(row, "options", {}).items():
+            assert f"`{option}` {value:g}" in text
+
+
+def test_a_method_names_the_options_of_its_score_and_its_repair() -> None:
+    for method in METHODS.values():
+        repair = REPAIRS[method.repair].options if method.repair else {}
+        for option, value in {**SCORES[method.score].options, **repair}.items():
+            assert f"`{option}` {value:g}" in part_of_page(method.title)
+
+
+@pytest.mark.parametrize("effort", ["fast", "good", "best"])
+def test_the_dial_shows_what_an_effort_stands_for(effort: str) -> None:
+    (line,) = re.findall(rf"^\| `{effort}` \|.*$", PAGE, re.MULTILINE)
+    cells = line.split(" | ")
+    columns = {1: ("unstructured", 0.5), 3: ("unstructured", 0.7), 4: ("2:4", None)}
+    for column, what in columns.items():
+        keys = dict(stages(effort, *what))
+        assert f"`{keys.pop('method', '')}`" in cells[column]
+        assert all(f"`{key}: " in cells[column] for key in keys)
+
+
+def test_costs_are_those_of_the_demo(made: dict[str, Any]) -> None:
+    config = json.loads((ROOT / "llmprune/demo/model/config.json").read_text(encoding="utf-8"))
+    linears = made["LINEARS"]
+    assert made["BLOCKS"] == config["num_hidden_layers"]
+    assert linears["mlp.up_proj"] == (config["intermediate_size"], config["hidden_size"])
+    head = config["hidden_size"] // config["num_attention_heads"]
+    assert linears["self_attn.k_proj"][0] == head * config["num_key_value_heads"]
+
+
+def test_results_are_a_line_per_method_and_a_column_per_amount(
+    made: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [
+        {"method": "dense", "amount": "50 %", "perplexity": 4},
+        {"method": "wanda", "amount": "50 %", "perplexity": 5.125, "seconds": 61.7},
+        {"method": "wanda", "amount": "2:4", "perplexity": 6.5, "settings": "prune.permute=true"},
+        {"method": "best", "amount": "2:4", "perplexity": 5.5},
+    ]
+    (tmp_path / "demo.json").write_text(json.dumps(rows))
+    lines = made["results"](tmp_path / "demo.json").splitlines()
+    assert lines[0] == "## Results"
+    assert lines[-6:] == [
+        "| method | set | 50 % | 2:4 |",
+        "|---|---|---|---|",
+        "| dense | | 4.00 | |",
+        "| [Wanda](#wanda) | | 5.12 (62 s) | |",
+        "| [Wanda](#wanda) | `prune.permute=true` | | 6.50 |",
+        "| [`--effort best`](#the-dial) | | | 5.50 |",
+    ]
+
+
+def test_without_results_there_is_no_section(made: dict[str, Any], tmp_path: Path) -> None:
+    assert made["results"](tmp_path / "none.json") == ""
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"method": "wanda", "amount": "50 %"}, "has not the keys"),
+        ({"method": "wanda", "amount": "50 %", "perplexity": 5, "ppl": 5}, "or more than"),
+        ({"method": "wanda", "amount": 0.5, "perplexity": 5}, "amount is no"),
+        ({"method": "wnada", "amount": "50 %", "perplexity": 5}, "no method or effort 'wnada'"),
+        ("wanda", "has not the keys"),
+    ],
+)
+def test_a_row_of_results_that_cannot_be_read_is_named(
+    row: Any, message: str, made: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "demo.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=message):
+        made["results"](tmp_path / "demo.json")
+
+
+def test_two_results_of_one_thing_are_refused(made: dict[str, Any], tmp_path: Path) -> None:
+    row = {"method": "wanda", "amount": "50 %", "perplexity": 5}
+    (tmp_path / "demo.json").write_text(json.dumps([row, row]))
+    with pytest.raises(ValueError, match="second row"):
+        made["results"](tmp_path / "demo.json")
