@@ -181,9 +181,11 @@ def prune(
         show_plan(opened.plan, flags["as_json"])
         return
     plan = opened.plan
+    target = plan.prune.target
     progress.note(
-        f"{plan.method.title} on {plan.source_name}: {plan.prune.pattern}, sparsity "
-        f"{plan.sparsity:.4g}, {plan.dtype_name} on {plan.device}, writing {plan.out}"
+        f"{plan.method.title} on {plan.source_name}: {plan.prune.pattern}, "
+        + (f"ppl {target['ppl']}, sparsity at most " if target else "sparsity ")
+        + f"{plan.sparsity:.4g}, {plan.dtype_name} on {plan.device}, writing {plan.out}"
     )
     report = run_streamed(opened, progress, overwrite=flags["overwrite"])
     progress.event("report", **report.data)
@@ -274,11 +276,16 @@ def pairs(texts: Sequence[str]) -> dict[str, str]:
     Raises:
         RecipeError: one is not of this form.
     """
-    found = {}
+    found: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise RecipeError(f"target: {text!r} is not KEY=VALUE. Type --target ppl=+5%.")
+        if name.strip() in found:
+            raise RecipeError(
+                f"target: {name.strip()} is given twice, as {found[name.strip()]} and "
+                f"{value.strip()}. Leave one out."
+            )
         found[name.strip()] = value.strip()
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from llmprune.allocation.concentration import by_concentration, pq_index
-from llmprune.allocation.curves import error_curve
+from llmprune.allocation.curves import error_curve, weighted_curve
 from llmprune.allocation.distortion import least_distortion, least_divergence, one_round
 from llmprune.allocation.evidence import layer_adaptive, magnitudes, share_of_lowest
 from llmprune.allocation.learned import by_descent
@@ -101,7 +101,7 @@ ALLOCATIONS: Registry[Allocation] = Registry(
         "rate-distortion": Allocation(
             fn=least_distortion,
             needs=("profile",),
-            profile=Profile(fn=error_curve, needs=("gram",)),
+            profile=Profile(fn=weighted_curve, needs=("gram",)),
             options={"size": 0.5, "max_share": 0.95},
             judged=True,
             paper="Xu et al., 2023: Efficient Joint Optimization of Layer-Adaptive Weight Pruning "
@@ -120,7 +120,7 @@ ALLOCATIONS: Registry[Allocation] = Registry(
         "learned": Allocation(
             fn=by_descent,
             needs=("profile",),
-            profile=Profile(fn=error_curve, needs=("gram",)),
+            profile=Profile(fn=weighted_curve, needs=("gram",)),
             options={"steps": 200, "rate": 0.1, "size": 0.5, "max_share": 0.95},
             judged=True,
             paper="Xu et al., 2024: BESA: Pruning Large Language Models with Blockwise "

@@ -46,6 +46,21 @@ def error_curve(weight_OI: Tensor, stats: Stats, keep_OI: Tensor | None) -> Tens
     return torch.linspace(0, 1, len(LEVELS), dtype=torch.float64)
 
 
+def weighted_curve(weight_OI: Tensor, stats: Stats, keep_OI: Tensor | None) -> Tensor:
+    """Return the error curve of a linear times what its block adds to the residual stream.
+
+    A linear of a block that hardly changes what passes through it matters little, however much of
+    its own output is lost: `influence` is the mean over tokens of ||output - input||^2 /
+    ||output||^2 of the block, 1 where no token was seen.
+
+    >>> stats = Stats(num_tokens=2, values={"gram": torch.eye(20), "influence": torch.tensor(0.1)})
+    >>> round(float(weighted_curve(torch.ones(1, 20), stats, None)[10]), 6)
+    0.05
+    """
+    influence = float(stats.values["influence"]) if "influence" in stats.values else 1.0
+    return error_curve(weight_OI, stats, keep_OI) * influence
+
+
 def error_at(curve_L: Floats, shares: Floats) -> Floats:
     """Return the error at any shares from 0 to 1, in the shape of these.
 

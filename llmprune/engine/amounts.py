@@ -16,6 +16,7 @@ from llmprune.catalog import METHODS, Method
 from llmprune.engine.cost import Estimate, Survey
 from llmprune.engine.parts import Needs, allocation_of, options_for
 from llmprune.engine.sites import is_skipped
+from llmprune.engine.target import ROUNDS, SPLITS
 from llmprune.mask.counts import exact_sparsity, round_half_up
 from llmprune.mask.pattern import Channels, NofM, Pattern, Tiles
 from llmprune.score import SCORES
@@ -43,7 +44,7 @@ def choose_allocation(step: PruneStep, method: Method, pattern: Pattern) -> str:
             f"from one linear, and allocation {name} ranks none. Leave it out, or choose the "
             f"allocation with --set prune.allocation=global."
         )
-    if ranks and SCORES[method.score].learnt:
+    if ranks and (SCORES[method.score].learnt or SCORES[method.score].adaptive):
         own = next((row.name for row in METHODS.values() if row.allocation == name), "magnitude")
         raise RecipeError(
             f"prune.allocation: {name} ranks the weights of all linears together, but the scores "
@@ -177,12 +178,12 @@ def survey_cost(
     """
     row = ALLOCATIONS[allocation]
     profile = row.profile if awaited else None
-    if not awaited and not parts.backward:
+    if not awaited and not parts.backward and step.target is None:
         return None
     ranked = profile is not None and profile.ranked
     plain = profile is not None and profile.normalise is None and not isinstance(pattern, Tiles)
     once = not ranked or (plain and str(stored) == "torch.bfloat16")
-    rounds: list[int] = []
+    rounds: list[int] = [1, *[SPLITS] * ROUNDS] if step.target else []
     if awaited and row.rounds is not None:
         rounds += row.rounds(len(sites), options_for(step.options, row.options))
     if awaited and row.judged:
@@ -193,6 +194,7 @@ def survey_cost(
         num_linears=len(sites) if ranked else 0,
         forward=bool(parts.survey or parts.probes),
         rounds=tuple(rounds),
+        target=step.target is not None,
         moments=len(parts.backward),
     )
 

@@ -53,13 +53,15 @@ class Survey:
     """What is read before the first cut: how often, of how many ranked linears, with tokens or not.
 
     A ranked linear leaves a histogram until all are seen. `rounds` are the candidates of every
-    round of probing, `moments` the values per weight that a backward survey collects.
+    round of probing, `moments` the values per weight that a backward survey collects. With `target`
+    candidates are walked on the text of the evaluation, and what cuts them is learnt in every walk.
     """
 
     num_reads: int
     num_linears: int
     forward: bool
     rounds: tuple[int, ...] = ()
+    target: bool = False
     moments: int = 0
 
     @property
@@ -109,14 +111,15 @@ def estimate(
     statistics_bytes: int = 0,
     most: int | None = None,
     streams: int = 1,
-    trains: bool = False,
+    passes: float = 0.0,
+    workspace: tuple[int, int] = (0, 0),
 ) -> Estimate:
     """Estimate a run; `itemsize` is that of the dtype that blocks are held in, `rate` in FLOP/s.
 
     `statistics_bytes` is what the statistics of the largest block take up; where that is more than
-    a quarter of what may be used, the block is observed in rounds. Micro-batches hold `most` sequences
-    at most; `streams` are the hidden states held per token, and with `trains` blocks are
-    trained.
+    a quarter of what may be used, the block is observed in rounds. Micro-batches hold `most`
+    sequences at most; `streams` are the hidden states held per token, and `passes`
+    the forwards that repairing a block costs. `workspace` is that of the solver.
 
     Raises:
         TooLarge: it does not fit the memory that there is, or that --max-memory allows.
@@ -135,22 +138,28 @@ def estimate(
     block = shape.block_params * itemsize
     at_once = min(torch.get_num_threads() * shape.largest_linear, shape.block_params)
     deciding = at_once * (4 + 4 + 2)  # score, its copy for the k-th value, masks
+    square = min(4 * shape.widest**2, statistics_bytes)  # the statistics of the widest tap
+    solving = workspace[0] * square + workspace[1] * 4 * shape.largest_linear
+    held = block if statistics_bytes > learnt else 0  # new weights wait for the last round
+    seen = max(learnt, square)  # a tap that needs more has a round of its own
     survey = survey or Survey(num_reads=0, num_linears=0, forward=False)
     graph = 3 * seq_len * per_token + LOGITS * 8  # what autograd keeps of one sequence
     backward = block * 2 + survey.moments * shape.block_params * 4 + graph if survey.moments else 0
-    each = min(16, max(1, num_samples // 8)) * seq_len * shape.hidden_size * itemsize
+    probed = min(16, max(1, num_samples // 8)) * seq_len
+    probed = max(probed, eval_tokens) if survey.target else probed
+    each = probed * shape.hidden_size * itemsize
     num_candidates = max(survey.rounds, default=0)
-    at_once = max(1, min(num_candidates, max(PROBE_ROOM, host_budget // 8) // each))
-    states = (min(at_once, num_candidates) + 2) * each if survey.rounds else 0
+    at_once = max(1, min(num_candidates, max(PROBE_ROOM, device_budget // 8) // each))
+    states = 2 * (at_once + 1) * each if survey.rounds else 0  # before a block, and after it
     saved = hidden // streams * (shape.num_blocks + 1) if survey.moments else 0
     groups = 1 if saved < host_budget // 2 else -(-saved // TAPE)
     walks = sum(-(-num // at_once) for num in survey.rounds)
     walks += 2 * groups if survey.moments else 0
     working = max(
-        block + learnt + max(activations, deciding + shape.largest_shard),
+        block + held + seen + max(activations, deciding + solving, deciding + shape.largest_shard),
         backward,
-        block + states + activations,
-        block + shape.block_params * 20 + micro * graph if trains else 0,
+        block + states + activations + (seen + solving if survey.target else 0),
+        block + shape.block_params * 20 + micro * graph if passes else 0,
         (shape.entrance_params * itemsize if forward else 0) + activations,
         shape.exit_params * itemsize + 3 * LOGITS * 4 if eval_tokens else 0,
     )
@@ -163,6 +172,9 @@ def estimate(
     if place == "host" and fixed + hidden > host_budget:
         place = "disk"
     host = max(fixed + (hidden if place == "host" else 0), gate)
+    spill: Place = "host" if host + saved < host_budget else "disk"
+    tape = saved if spill == "host" else 0  # before hidden states of the cut are there
+    host = max(host, base + (backward if on_host else 0) + tape)
     on_device = 0 if on_host else working + (hidden if place == "device" else 0)
     _check("cpu", host, host_budget)
     if not on_host:
@@ -173,10 +185,10 @@ def estimate(
     reads = survey.num_reads + walks
     passing = 1.85 * flops * tokens / rate if survey.forward else 0.0
     head = 2 * shape.exit_params
-    probing = sum(survey.rounds) * (each / shape.hidden_size / itemsize) * (flops + head) / rate
+    probing = sum(survey.rounds) * probed * (flops + head) / rate
+    probing += walks * passing if survey.target else 0.0
     surveying = survey.num_reads * passing + probing
     surveying += 4 * flops * tokens / rate if survey.moments else 0.0
-    spill: Place = "host" if host + saved < host_budget else "disk"
     saved = saved if spill == "host" else min(saved, TAPE)
     return Estimate(
         micro_batch=micro,
@@ -193,7 +205,7 @@ def estimate(
         read_bytes=shape.stored_bytes * (1 + reads),
         num_reads=1 + reads,
         survey_seconds=surveying + reads * shape.stored_bytes / WEIGHT_RATE,
-        cut_seconds=1.85 * flops * tokens / rate + shape.stored_bytes / WEIGHT_RATE,
+        cut_seconds=(1.85 + passes) * flops * tokens / rate + shape.stored_bytes / WEIGHT_RATE,
         evaluate_seconds=2 * (flops + head) * eval_tokens / rate,
         resume_seconds=flops * tokens / rate,
         probe_at_once=at_once,

@@ -191,7 +191,9 @@ def _decide(
     rounds = in_rounds(block.anatomy, plan.needs(block.index), plan.estimate.statistics_bytes)
     changed = block.holding() if len(rounds) > 1 else block
     seen: Seen | None = None
+    stats = EMPTY
     for needs in rounds:
+        seen, stats = None, EMPTY  # statistics of one round at a time
         with _timed(seconds, "observe"):
             if stream is not None:
                 dense = plan.prune.propagate == "dense" and needs is rounds[-1]

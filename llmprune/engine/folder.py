@@ -18,6 +18,7 @@ from llmprune.delivery.masks import OWN, MaskFiles
 from llmprune.engine.opening import Opened
 from llmprune.engine.records import Records
 from llmprune.engine.solving import Outcome
+from llmprune.recipe.models import EvaluateStep
 from llmprune.walk.rewriting import Rewriting, open_rewriting
 
 if TYPE_CHECKING:
@@ -130,6 +131,9 @@ def what_fixes(opened: Opened, tokens: Tensor | None) -> dict[str, Any]:
         asked |= {key: wish[key] for key in ("calibration", "seed")}
     elif plan.draws:
         asked |= {"seed": wish["seed"]}
+    if plan.prune.target:  # the sparsity follows from the text that perplexity is measured on
+        question = plan.recipe.evaluate or EvaluateStep()
+        asked["evaluate"] = question.model_dump(mode="json", exclude={"perplexity"})
     source = {
         "name": opened.source.name,
         "folder": str(opened.source.folder.resolve()),
@@ -166,6 +170,6 @@ def what_fixes(opened: Opened, tokens: Tensor | None) -> dict[str, Any]:
 def processor(device: torch.device) -> str:
     """Return what decides how sums are rounded: the device's name and its precision settings."""
     if device.type == "cuda":
-        precise = "TF32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
+        precise = "TF32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
         return f"{torch.cuda.get_device_name(device)}, {precise} products"
     return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"

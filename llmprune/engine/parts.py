@@ -150,6 +150,14 @@ def sequences_at_most(method: Method, parts: Needs, given: Mapping[str, float]) 
     return None if steps is None else max(1, int(steps))
 
 
+def repair_passes(method: Method, given: Mapping[str, float]) -> float:
+    """Return what the repair of a block costs, in forwards of the calibration tokens."""
+    if method.repair is None:
+        return 0.0
+    repair = REPAIRS[method.repair]
+    return repair.passes(options_for(given, repair.options))
+
+
 def stand_in(score: str) -> str:
     """Return the score that masks candidates: it needs neither a solver nor a block's graph."""
     row = SCORES[score]

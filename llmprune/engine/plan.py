@@ -18,7 +18,15 @@ from llmprune.engine.amounts import (
     survey_cost,
 )
 from llmprune.engine.cost import Estimate, estimate, measure_rate
-from llmprune.engine.parts import Needs, compose, needs_of, options_for, sequences_at_most, stand_in
+from llmprune.engine.parts import (
+    Needs,
+    compose,
+    needs_of,
+    options_for,
+    repair_passes,
+    sequences_at_most,
+    stand_in,
+)
 from llmprune.engine.shapes import (
     Anatomies,
     Skipped,
@@ -38,6 +46,7 @@ from llmprune.mask.pattern import (
 )
 from llmprune.recipe.models import EvaluateStep
 from llmprune.score import SCORES
+from llmprune.solver import SOLVERS
 from llmprune.solver.types import Settings
 from llmprune.stats import STATISTICS
 
@@ -270,7 +279,8 @@ def make_plan(
         statistics_bytes=most_statistics(anatomies, groups, {*parts.cut, *parts.survey}),
         most=sequences_at_most(method, parts, step.options),
         streams=1 + parts.dense + parts.inputs,
-        trains=parts.inputs,
+        passes=repair_passes(method, step.options) + 3 * bool(parts.regional),
+        workspace=SOLVERS[method.solver].workspace,
     )
     check_reads(step, allocation, cost)
     group = step.group or method.group

@@ -12,7 +12,9 @@ from llmprune.base.progress import human_bytes, human_count, human_seconds
 from llmprune.base.text import columns, named_lines, ranges
 from llmprune.calibration.selection import calibration_texts, evaluation_data, name_of, place_of
 from llmprune.engine.cost import LIBRARIES
+from llmprune.engine.target import ROUNDS, SPLITS
 from llmprune.mask.pattern import Tiles, Unstructured
+from llmprune.solver import SOLVERS
 
 if TYPE_CHECKING:
     from llmprune.engine.plan import Plan
@@ -40,8 +42,9 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("model", _model(plan)),
         ("method", _method(plan)),
-        *((("repairs", stages),) if (stages := _stages(plan)) else ()),
+        *((("stages", stages),) if (stages := _stages(plan)) else ()),
         ("allocation", _allocation(plan)),
+        *((("target", target),) if (target := _target(plan)) else ()),
         ("removes", _removes(plan)),
         ("result", _result(plan)),
         ("text", _text(plan)),
@@ -55,7 +58,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("resume", _resume(plan)),
         ("perplexity", _perplexity(plan)),
         ("loads", "stock: AutoModelForCausalLM.from_pretrained, checked in a fresh process"),
-        *(("note", note) for note in plan.notes),
+        *(("note", note) for note in (*plan.notes, *_idle(plan))),
     ]
 
 
@@ -91,12 +94,40 @@ def _allocation(plan: Plan) -> str:
 
 
 def _stages(plan: Plan) -> str:
-    """Return what is done to the mask before and to the block after its weights are updated."""
+    """Return what is done beside cutting and updating, in its order."""
     method = plan.method
-    steps = [f"masks refined by {method.refine}"] if method.refine else []
-    steps += ["channels put in order"] if plan.prune.permute else []
-    steps += [f"blocks repaired by {method.repair}"] if method.repair else []
+    steps = ["channels put in order"] if plan.prune.permute else []
+    steps += [f"masks refined by {method.refine}"] if method.refine else []
+    steps += [f"blocks trained by repair {method.repair}"] if method.repair else []
     return ", ".join(steps)
+
+
+def _target(plan: Plan) -> str:
+    """Return how the sparsity is looked for, where a target is to be met."""
+    if not plan.prune.target:
+        return ""
+    return (
+        f"ppl {plan.prune.target['ppl']}: the highest sparsity up to {plan.prune.sparsity:g} that "
+        f"keeps it, {ROUNDS} rounds of {SPLITS} sparsities, equal shares, "
+        f"on {plan.eval_windows} windows of {plan.seq_len} tokens"
+    )
+
+
+def _idle(plan: Plan) -> list[str]:
+    """Return what the recipe asks for and no part of the run looks at."""
+    step, notes = plan.prune, []
+    asked = [
+        f"{key} {getattr(step, key)}"
+        for key in ("damping", "damp")
+        if getattr(step, key) != type(step).model_fields[key].default
+    ]
+    if asked and not SOLVERS[plan.method.solver].updates:
+        notes.append(f"{' and '.join(asked)} changes nothing: solver zero updates no weights")
+    if step.adopt == "always" and not ALLOCATIONS[plan.allocation].judged:
+        notes.append(f"adopt always changes nothing: allocation {plan.allocation} is not judged")
+    if step.effort in ("good", "best") and plan.prune.pattern == "ffn-channels":
+        notes.append(f"effort {step.effort} has nothing beyond fast for ffn-channels yet")
+    return notes
 
 
 def _gradients(plan: Plan) -> str:
@@ -116,7 +147,7 @@ def _probes(plan: Plan) -> str:
     if not cost.num_candidates:
         return ""
     return (
-        f"at most {cost.num_candidates:,} candidates by KL to the dense model, "
+        f"at most {cost.num_candidates:,} candidates compared with the dense model, "
         f"{cost.probe_at_once} in a walk"
     )
 
@@ -161,10 +192,13 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "solver": plan.method.solver,
         "refine": plan.method.refine,
         "repair": plan.method.repair,
+        "permute": plan.prune.permute,
+        "target": dict(plan.prune.target) if plan.prune.target else None,
+        "notes": [*plan.notes, *_idle(plan)],
         "calibration": name_of(calibration_texts(plan.recipe)) if plan.forward else None,
         "evaluation": evaluation_data(plan.recipe) if plan.eval_windows else None,
         "allocation": plan.allocation,
-        "awaits_survey": plan.counts is None,
+        "awaits_survey": bool(_awaited(plan)),
         "device": str(plan.device),
         "dtype": plan.dtype_name,
         "sparsity": plan.sparsity,
@@ -175,7 +209,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "sites": {
             site.name: {
                 "units": site.num_units,
-                "removed": None if plan.counts is None else plan.counts[site.name],
+                "removed": None if _awaited(plan) else (plan.counts or {})[site.name],
             }
             for site in plan.sites
         },
@@ -196,13 +230,28 @@ def _group(plan: Plan) -> str:
 
 
 def _solver(plan: Plan) -> str:
+    """Return what happens to the weights that stay."""
+    if plan.method.solver == "zero":
+        alone = "changed by the repair alone" if plan.method.repair else "not changed"
+        return f"weights that stay are {alone}"
+    damp = "" if plan.prune.damp == "mean" else " of each entry"
     return (
-        "weights that stay are not changed" if plan.method.solver == "zero" else plan.method.solver
+        f"weights that stay updated by {plan.method.solver}, damping {plan.prune.damping:g}{damp}"
     )
+
+
+def _awaited(plan: Plan) -> str:
+    """Return what the counts follow from before the cut; empty where they are known."""
+    return "target" if plan.prune.target else "survey" if plan.counts is None else ""
 
 
 def _removes(plan: Plan) -> str:
     total = plan.removed / plan.num_params
+    if plan.prune.target:
+        return (
+            f"at most {human_count(plan.removed)} of {human_count(plan.eligible)} eligible "
+            f"weights: sparsity up to {plan.sparsity:.5f} ({100 * total:.1f} % of all parameters)"
+        )
     return (
         f"{human_count(plan.removed)} of {human_count(plan.eligible)} eligible weights: sparsity "
         f"{plan.sparsity:.5f}, asked {plan.prune.sparsity:g} ({100 * total:.1f} % of all "
@@ -274,11 +323,12 @@ def _sites(plan: Plan) -> str:
 
 def _kinds(plan: Plan) -> list[tuple[str, ...]]:
     """Return a row per kind of site: blocks joined, and the experts of a block as one."""
+    awaited = _awaited(plan)
     kinds: dict[str, tuple[list[int], int, int | None]] = {}
     for site in plan.sites:
         prefix = next(p for p in plan.prefixes if site.name.startswith(p))
         name, _ = split_index(site.name.removeprefix(prefix))
-        count = None if plan.counts is None else plan.counts[site.name]
+        count = None if awaited else (plan.counts or {})[site.name]
         key = f"{name} {site.num_units} {count}"
         blocks, units, removed = kinds.get(key, ([], 0, 0))
         if blocks[:1] in ([], [site.block]):  # units are those of one block
@@ -287,14 +337,14 @@ def _kinds(plan: Plan) -> list[tuple[str, ...]]:
         blocks = blocks if site.block in blocks[-1:] else [*blocks, site.block]
         kinds[key] = (blocks, units, removed)
     return [
-        (key.split(" ")[0], ranges(blocks), f"{units:,}", *_removed(count, units))
+        (key.split(" ")[0], ranges(blocks), f"{units:,}", *_removed(count, units, awaited))
         for key, (blocks, units, count) in kinds.items()
     ]
 
 
-def _removed(count: int | None, units: int) -> tuple[str, str]:
-    """Return a count and its share, or that they are not known yet."""
-    return ("survey", "survey") if count is None else (f"{count:,}", f"{count / units:.4f}")
+def _removed(count: int | None, units: int, awaited: str) -> tuple[str, str]:
+    """Return a count and its share, or what they follow from."""
+    return (awaited, awaited) if count is None else (f"{count:,}", f"{count / units:.4f}")
 
 
 def _skipped(plan: Plan) -> list[tuple[str, ...]]:

@@ -33,7 +33,7 @@ from llmprune.score import SCORES
 from llmprune.score.noise import seed_of
 from llmprune.solver import REFINEMENTS, SOLVERS
 from llmprune.solver.acceptance import accept
-from llmprune.solver.errors import relative_error
+from llmprune.solver.errors import relative, relative_error, row_errors
 from llmprune.solver.types import Choose, Fact, Settings, Solved
 from llmprune.stats import STATISTICS
 from llmprune.stats.types import Stats
@@ -77,7 +77,7 @@ class Outcome:
         """Keep the masks of an earlier pruning of a block where this one decided nothing."""
         for order in self.permuted:
             prior = follow(order, prefix, prior)
-        for linear in prior.keys() - self.masks.keys():
+        for linear in sorted(prior.keys() - self.masks.keys()):
             self.keep(linear, prior[linear])
 
 
@@ -180,14 +180,20 @@ class Cutter:
                 site, parts, weights[site.name], known, prior.get(site.name)
             )
         if parts.refine is not None:
+            for name in prior.keys() & weights.keys():  # a repair may have moved zeros
+                kept_OI = prior[name].to(weights[name].device)
+                weights[name] = masked(weights[name], kept_OI)
             chooses = self._refined(parts, weights, stats, chooses, stages)
         solver = SOLVERS[parts.solver]
         solved = solver.fn(weights, stats, chooses, self.settings)
         for site in group.sites:
             weight_OI, result = weights[site.name], solved[site.name]
+            error: float | None  # found before the weight, maybe a view, is replaced
             if solver.updates:
-                result = self._accepted(weight_OI, result, stats, stages[site.name])
-            error = _error(weight_OI, result, stats)  # before the weight, maybe a view, is replaced
+                found = self._accepted(weight_OI, result, stats["gram"], stages[site.name])
+                result, error = found
+            else:
+                error = _error(weight_OI, result, stats)
             block.replace(site.spans[0].linear, result.weight_OI.to(weight_OI.dtype))
             outcome.keep(site.name, result.keep_OI)
             outcome.touched |= block.params_of({site.spans[0].linear})
@@ -207,6 +213,8 @@ class Cutter:
         """Return the score and solver to use: simpler ones where too few tokens were seen."""
         method, columns = self.method, (group.sites[0].shape or (0, 0))[1]
         needs = {*SCORES[method.score].learnt, *SOLVERS[method.solver].needs}
+        if method.refine is not None:
+            needs |= {*REFINEMENTS[method.refine].needs}
         own = Parts(method.score, method.solver, method.refine)
         places = {STATISTICS[name].observe for name in needs}
         unseen = "tap" in places and stats.num_tokens == 0
@@ -260,10 +268,11 @@ class Cutter:
                 kept_OC = prior_OI[:, cols].to(score_OC.device)
                 score_OC.masked_fill_(~kept_OC, -torch.inf)
                 earlier = self._removed_units(kept_OC)
-                due = min(due, total - self._removed_units(prior_OI[:, stop:]))
             num_units = height * (stop - cols.start) // site.unit_cost
             count = total * (stop - cols.start) // width
             if not isinstance(pattern, NofM):
+                if prior_OI is not None:
+                    due = min(due, total - self._removed_units(prior_OI[:, stop:]))
                 count = min(max(due - removed[0], earlier), num_units)
             removed[0] += count
             keep_OC = choose_keep(pattern, score_OC, count, self.group, self.method.pool)
@@ -308,15 +317,16 @@ class Cutter:
         return refined
 
     def _accepted(
-        self, weight_OI: Tensor, solved: Solved, stats: Stats, stages: dict[str, float]
-    ) -> Solved:
-        """Return what is stored of an update: rows that it made worse are zeroed only."""
+        self, weight_OI: Tensor, solved: Solved, gram_II: Tensor, stages: dict[str, float]
+    ) -> tuple[Solved, float]:
+        """Return what is stored of an update, and its error: rows made worse are zeroed only."""
         solved = solved._replace(weight_OI=solved.weight_OI.to(weight_OI.dtype))
-        zeroed = Solved(masked(weight_OI, solved.keep_OI), solved.keep_OI)
-        stages["masked"] = _error(weight_OI, zeroed, stats) or 0.0
-        kept, share = accept(weight_OI, solved, stats["gram"], self.stored)
-        stages["updated"] = _error(weight_OI, kept, stats) or 0.0
-        return kept._replace(facts={**solved.facts, "accepted": share})
+        found = accept(weight_OI, solved, gram_II, self.stored)
+        whole = float(row_errors(weight_OI, gram_II).sum())
+        stages["masked"] = relative(found.zeroed, whole)
+        stages["updated"] = error = relative(found.left, whole)
+        facts = {**solved.facts, "accepted": found.share}
+        return found.solved._replace(facts=facts), error
 
     def _reorder(
         self,
@@ -447,7 +457,9 @@ def with_diagonal(stats: Stats) -> Stats:
     """Return the statistics with `col_sq`, which the diagonal of a Gram matrix is."""
     if "gram" not in stats.values or "col_sq" in stats.values:
         return stats
-    return replace(stats, values={**stats.values, "col_sq": stats["gram"].diagonal().double()})
+    diagonal_I = stats["gram"].diagonal()
+    wide = torch.float32 if diagonal_I.device.type == "mps" else torch.float64  # MPS has no more
+    return replace(stats, values={**stats.values, "col_sq": diagonal_I.to(wide)})
 
 
 def reordered(stats: Stats, order_I: Tensor) -> Stats:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -35,7 +35,7 @@ from llmprune.mask.pattern import Tiles, pool_tiles
 from llmprune.stats.types import Stats
 from llmprune.walk.block import Blocks
 from llmprune.walk.forward import Stream
-from llmprune.walk.observation import in_rounds, observe
+from llmprune.walk.observation import Seen, in_rounds, observe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,22 +61,37 @@ class Surroundings:
     gradients: Callable[[int], Learnt] = lambda index: {}
     folder: Path | None = None
 
+    @property
+    def parts(self) -> Parts:
+        """Return the sequences to learn from, to search with, and to judge on."""
+        assert self.tokens_NT is not None
+        return set_apart(self.tokens_NT)
+
     def stream(self, *, apart: bool = False) -> Stream:
         """Return hidden states of all sequences, or of those that are learnt from."""
         assert self.tokens_NT is not None and self.embed is not None
-        return self.embed(set_apart(self.tokens_NT)[0] if apart else self.tokens_NT)
+        return self.embed(self.parts.learn_NT if apart else self.tokens_NT)
 
 
-def set_apart(tokens_NT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sequences that a survey learns from, and those that it is judged on.
+class Parts(NamedTuple):
+    """Sequences that a survey learns from, that candidates are compared on, and that the outcome is
+    judged on."""
 
-    An eighth is set apart, 16 at most. A single sequence has to serve for both.
+    learn_NT: Tensor
+    search_ST: Tensor
+    judge_ST: Tensor
+
+
+def set_apart(tokens_NT: Tensor) -> Parts:
+    """Return sequences for learning, searching and judging: an eighth, 16 at most, for each of the
+    last two. Fewer than three sequences have to serve for more than one.
 
     >>> [len(part) for part in set_apart(torch.zeros(128, 4))]
-    [112, 16]
+    [96, 16, 16]
     """
     num = min(16, max(1, len(tokens_NT) // 8))
-    return tokens_NT[: max(1, len(tokens_NT) - num)], tokens_NT[-num:]
+    rest_NT = tokens_NT[: max(1, len(tokens_NT) - num)]
+    return Parts(rest_NT[: max(1, len(rest_NT) - num)], rest_NT[-num:], tokens_NT[-num:])
 
 
 def take_survey(plan: Plan, around: Surroundings, *, record: Path | None = None) -> Plan:
@@ -94,10 +109,12 @@ def take_survey(plan: Plan, around: Surroundings, *, record: Path | None = None)
     if record is not None and record.exists():
         return _recorded(plan, record)
     profiles, statistics = _profiles(plan, around)
-    prober = _prober(plan, around, statistics) if plan.parts.probes else None
-    plan = plan.with_profiles(profiles, prober)
-    if prober is not None and ALLOCATIONS[plan.allocation].judged:
-        plan = _judged(plan, prober, around.progress)
+    row = ALLOCATIONS[plan.allocation]
+    probe = _prober(plan, around, statistics, "search") if "probe" in row.needs else None
+    plan = plan.with_profiles(profiles, probe)
+    if row.judged:
+        judge = _prober(plan, around, statistics, "verdict")
+        plan = _judged(plan, judge, around.progress)
     if record is not None and plan.counts is not None:
         found = {"allocation": plan.allocation, "removed": dict(plan.counts)}
         write_json(record, found | ({"verdict": dict(plan.verdict)} if plan.verdict else {}))
@@ -151,21 +168,21 @@ def _need(embed: Callable[[Tensor], Stream] | None) -> Callable[[Tensor], Stream
 
 
 def _prober(
-    plan: Plan, around: Surroundings, statistics: Mapping[int, Mapping[str, Stats]]
+    plan: Plan, around: Surroundings, statistics: Mapping[int, Mapping[str, Stats]], name: str
 ) -> Prober:
     assert around.tokens_NT is not None
     return Prober(
         plan=plan,
         blocks=around.blocks,
         cutter=plan.masker(),
-        tokens_ST=set_apart(around.tokens_NT)[1],
+        tokens_ST=around.parts.search_ST if name == "search" else around.parts.judge_ST,
         embed=_need(around.embed),
         progress=around.progress,
         statistics=lambda index: statistics.get(index, {}),
         gradients=around.gradients,
         prior=around.prior,
         at_once=plan.estimate.probe_at_once,
-        log=around.folder / "probes.jsonl" if around.folder else None,
+        log=around.folder / f"{name}.jsonl" if around.folder else None,
     )
 
 
@@ -185,12 +202,23 @@ def _profiles(
     found: dict[str, Tensor] = {}
     statistics: dict[int, dict[str, Stats]] = {}
     for index, stats, evidence in _visit(plan, around, needs, "survey"):
-        for tap, each in stats.items():
-            small = {name: each[name].cpu() for name in masks_by if name in each.values}
-            statistics.setdefault(index, {})[tap] = replace(each, values=small)
+        statistics.setdefault(index, {}).update(
+            (tap, replace(each, values={n: each[n].cpu() for n in masks_by if n in each.values}))
+            for tap, each in stats.items()
+        )
         if profile is not None:
             found |= _profile(plan, profile, evidence)
+        del stats, evidence  # before those of the next block
     return found, dict(statistics)
+
+
+def _with_influence(seen: Seen) -> Mapping[str, Stats]:
+    """Return the statistics of taps, each with how much its block adds to what passes through."""
+    value = torch.tensor(seen.influence, dtype=torch.float64)
+    return {
+        tap: replace(each, values={**each.values, "influence": value})
+        for tap, each in seen.stats.items()
+    }
 
 
 def _profile(
@@ -262,7 +290,9 @@ def _visit(
                 for part in rounds:
                     stats: Mapping[str, Stats] = {}
                     if stream is not None:
-                        stats = observe(block, stream, part, dense=part is rounds[-1]).stats
+                        seen = observe(block, stream, part, dense=part is rounds[-1])
+                        stats = _with_influence(seen)
+                        del seen
                     evidence = {
                         site.name: Evidence(
                             block.weight(site.spans[0].linear),
@@ -274,6 +304,7 @@ def _visit(
                         for site in group.sites
                     }
                     yield index, stats, evidence
+                    del stats, evidence  # one round's at a time
             stage.advance(f"block {index}")
     if stream:
         stream.hidden.close()

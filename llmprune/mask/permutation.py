@@ -46,11 +46,17 @@ def kept(score_OI: Tensor, order_I: Tensor, n: int, m: int) -> float:
     >>> kept(torch.tensor([[9, 8, 7, 6, 1, 2, 3, 4]]), torch.arange(8), 2, 4)
     24.0
     """
-    total = torch.zeros((), dtype=torch.float64, device=score_OI.device)
+    home = _home(score_OI)
+    total = torch.zeros((), dtype=torch.float64, device=home)
     for order in order_I.to(score_OI.device).view(-1, m).split(WIDEST):
         part_OUM = score_OI[:, order.flatten()].view(-1, *order.shape)
-        total += part_OUM.topk(n, dim=-1).values.sum(dtype=torch.float64)
+        total += part_OUM.topk(n, dim=-1).values.to(home).sum(dtype=torch.float64)
     return float(total)
+
+
+def _home(score_OI: Tensor) -> torch.device:
+    """Return where sums are taken in float64: MPS has none."""
+    return torch.device("cpu") if score_OI.device.type == "mps" else score_OI.device
 
 
 def _finite(score_OI: Tensor) -> Tensor:
@@ -68,7 +74,8 @@ def _snake(score_OI: Tensor, m: int) -> Tensor:
 
     The second, fourth ... M-th is dealt out in reverse.
     """
-    rising_I = score_OI.sum(0, dtype=torch.float64).cpu().argsort(stable=True)
+    total_I = score_OI.to(_home(score_OI)).sum(0, dtype=torch.float64)
+    rising_I = total_I.cpu().argsort(stable=True)
     rising_MG = rising_I.view(m, -1).clone()
     rising_MG[1::2] = rising_MG[1::2].flip(1)
     return rising_MG.T.contiguous()

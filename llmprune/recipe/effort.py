@@ -6,6 +6,7 @@ Chosen by perplexity on the bundled model and by published results; the table is
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 EFFORTS = ("fast", "good", "best")
@@ -33,3 +34,25 @@ def stages(effort: str, pattern: str, sparsity: float | None) -> dict[str, Any]:
     elif sparsity is None or sparsity >= FEW:
         found["allocation"] = "sensitivity"
     return found | ({"repair": "block"} if effort == "best" else {})
+
+
+def beside(step: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an effort adds to the keys that a prune step gives itself.
+
+    A method that is given keeps its own solver, and one that the dial never chooses its allocation;
+    shares by hand, a ranking's floor and dense inputs leave out what they contradict.
+
+    >>> beside({"effort": "best", "method": "owl", "sparsity": 0.7})
+    {'repair': 'block'}
+    """
+    sparsity = step.get("sparsity")
+    share = sparsity if isinstance(sparsity, float | int) else None
+    found = stages(str(step["effort"]), str(step.get("pattern", "unstructured")), share)
+    if step.get("method", found["method"]) != found["method"]:
+        found.pop("solver", None)
+    other = step.get("method", "wanda") not in ("wanda", "sparsegpt", "alps")
+    if other or step.get("sparsities") or step.get("min_keep") is not None:
+        found.pop("allocation", None)
+    if step.get("propagate") == "dense":
+        found.pop("repair", None)
+    return {key: value for key, value in found.items() if key not in step}

@@ -23,7 +23,7 @@ from pydantic import (
 
 from llmprune.base.errors import UnknownName
 from llmprune.recipe.dialect import dump
-from llmprune.recipe.effort import stages
+from llmprune.recipe.effort import beside
 
 NAME, MIX = "<name>", "<mix>"  # the two forms of calibration.data, for pydantic's error paths
 PARTS = ("split", "config", "revision", "column")
@@ -132,9 +132,7 @@ class PruneStep(_Part):
     def _one_dial_sets_what_is_not_given(cls, step: Any) -> Any:
         if not isinstance(step, dict) or step.get("effort") is None:
             return step
-        pattern, sparsity = step.get("pattern", "unstructured"), step.get("sparsity")
-        share = sparsity if isinstance(sparsity, float | int) else None
-        return {**stages(str(step["effort"]), str(pattern), share), **step}
+        return {**beside(step), **step}
 
     @field_validator("pattern")
     @classmethod

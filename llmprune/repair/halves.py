@@ -168,15 +168,22 @@ def _facts(name: str, fitted: Fitted) -> dict[str, Fact]:
     }
 
 
+def passes(options: Mapping[str, float]) -> float:
+    """Return what training costs in forwards: a step is three of them, and errors are looked at."""
+    return 3 * options["epochs"] + 1
+
+
 HALVES = Repair(
     watch=watch_halves,
     fn=repair_halves,
+    passes=passes,
     paper="A Free Lunch in LLM Compression: Revisiting Retraining after Pruning",
     options=OPTIONS,
 )
 BLOCK = Repair(
     watch=watch_block,
     fn=repair_block,
+    passes=passes,
     paper="A Free Lunch in LLM Compression: Revisiting Retraining after Pruning, scope block",
     options=OPTIONS,
     dense=True,

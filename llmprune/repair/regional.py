@@ -158,6 +158,7 @@ def _error(work: Work, batches: Collection[int]) -> float:
 REGIONAL = Repair(
     watch=watch_regional,
     fn=repair_regional,
+    passes=lambda options: 4 * (options["rounds"] + 1),  # of observing, and of gradients
     paper="Yang et al., Wanda++: Pruning Large Language Models via Regional Gradients",
     options={"rounds": 5.0, "samples": 32.0, "learning_rate": 3e-7},
 )

@@ -47,11 +47,13 @@ class Repair:
     `watch(block, stream, options, seed)` looks at the block before it is cut and changes nothing.
     `fn(work)` edits weights of `work.block` in place, so that every pruned weight is 0 at the end,
     and returns what the report says of it. It leaves the block as it was where it does not help.
-    With `dense` the engine walks the dense model alongside, for `Work.dense`.
+    With `dense` the engine walks the dense model alongside, for `Work.dense`. `passes(options)` is
+    what it costs, in forwards of the calibration tokens through the block.
     """
 
     watch: Callable[[Block, Stream, Mapping[str, float], int], Any]
     fn: Callable[[Work], Mapping[str, Fact]]
     paper: str
+    passes: Callable[[Mapping[str, float]], float]
     options: Mapping[str, float] = field(default_factory=dict)
     dense: bool = False

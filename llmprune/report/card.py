@@ -14,6 +14,14 @@ from llmprune.report.evaluations import Measured, measured, metric_results
 from llmprune.report.kinds import by_kind
 from llmprune.report.origin import Origin, kept_facts, origin_of
 from llmprune.report.reproduction import command_text
+from llmprune.report.stages import (
+    accepted_line,
+    fallback_line,
+    repair_line,
+    stages_line,
+    target_line,
+    verdict_line,
+)
 
 
 def card_text(
@@ -37,6 +45,7 @@ def card_text(
         _summary(data, origin),
         _section("How to load", _loading(data, repo)),
         _section("What was removed", _removed(data)),
+        _section("What became of the rest", _rest(data)),
         _section("Quality", _quality(data, results)),
         _section("What it is not", _limits(data)),
         _section("How it was made", _making(data, run, origin)),
@@ -113,6 +122,35 @@ def _removed(data: Mapping[str, Any]) -> str:
     return text
 
 
+def _rest(data: Mapping[str, Any]) -> str:
+    """Return what else than cutting was done, and what it gained; empty where nothing was."""
+    done = []
+    if data.get("target"):
+        done.append(f"The sparsity was looked for: {target_line(data)}.")
+    if data.get("allocation", "uniform") != "uniform":
+        verdict = verdict_line(data)
+        done.append(f"Allocation {code(data['allocation'])}{verdict and f': {verdict}'}.")
+    if data.get("permute"):
+        done.append(
+            "FFN channels were put into another order, in which N:M keeps more; what the model "
+            "computes does not depend on it."
+        )
+    if data.get("refine"):
+        done.append(f"Masks were refined by {code(data['refine'])}.")
+    if data.get("solver", "zero") != "zero":
+        kept = accepted_line(data)
+        done.append(
+            f"Weights that stay were updated by {code(data['solver'])}{kept and f': {kept}'}."
+        )
+    if stages := stages_line(data):
+        done.append(f"After each stage: {stages}.")
+    if data.get("repair"):
+        done.append(f"Blocks were trained one at a time by {repair_line(data) or data['repair']}.")
+    if fallbacks := fallback_line(data):
+        done.append(f"Cut by a simpler rule: {fallbacks}.")
+    return "\n".join(f"- {line}" for line in done)
+
+
 def _quality(data: Mapping[str, Any], results: Sequence[Measured]) -> str:
     if not results:
         return "Not measured."
@@ -135,9 +173,14 @@ def _limits(data: Mapping[str, Any]) -> str:
         )
     else:
         speed = "No speed was measured; its tensors are smaller, so it needs less work and memory."
+    trained = (
+        "Its blocks were trained one at a time on calibration text; as a whole it was not trained "
+        "after pruning."
+        if data.get("repair")
+        else "It was not trained after pruning."
+    )
     return (
-        f"{speed} It was not trained after pruning. Limits, biases and terms of use of the base "
-        "model hold for it as well."
+        f"{speed} {trained} Limits, biases and terms of use of the base model hold for it as well."
     )
 
 

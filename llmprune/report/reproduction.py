@@ -16,6 +16,7 @@ FLAGS = {
     "prune.method": "--method",
     "prune.pattern": "--pattern",
     "prune.sparsity": "--sparsity",
+    "prune.effort": "--effort",
     "calibration.data": "--calib",
     "calibration.num_samples": "--num-samples",
     "calibration.seq_len": "--seq-len",
@@ -23,6 +24,7 @@ FLAGS = {
     "device": "--device",
     "dtype": "--dtype",
 }
+HEEDED = {"method", "sparsities", "min_keep", "propagate"}  # an effort leaves out what they decide
 
 
 def command_text(wish: Mapping[str, Any]) -> str:
@@ -36,25 +38,34 @@ def command_text(wish: Mapping[str, Any]) -> str:
     for key, flag in FLAGS.items():
         if _is_flag(key, asked.get(key)) and (key not in usual or asked[key] != usual[key]):
             words += [flag, str(asked[key])]
+    for name, value in (asked.get("prune.target") or {}).items():
+        words += ["--target", f"{name}={value}"]
     if not any("evaluate" in step for step in wish["steps"]):
         words.append("--no-eval")
     if asked.get("trust_remote_code"):
         words.append("--trust-remote-code")
     for key, value in asked.items():
-        known = _is_flag(key, value) or key == "trust_remote_code"
+        known = _is_flag(key, value) or key in ("trust_remote_code", "prune.target")
         if not known and (key not in usual or value != usual[key]):
             words += ["--set", f"{key}={json.dumps(value)}"]
     return " ".join(shlex.quote(word) for word in words)
 
 
 def _defaults(wish: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that a run has without being asked for them."""
-    pattern = next(step["prune"] for step in wish["steps"] if "prune" in step).get("pattern", "")
-    fixed = re.fullmatch(r"\d+:\d+", pattern)  # its sparsity follows from it
+    """Return the values that a run has without being asked for them; an effort sets many."""
+    step = next(step["prune"] for step in wish["steps"] if "prune" in step)
+    fixed = re.fullmatch(r"\d+:\d+", step.get("pattern", ""))  # its sparsity follows from it
     steps = default_steps()
-    steps[0]["prune"] = {"pattern": pattern} if fixed else {"sparsity": 0.5}
+    given = ("pattern", "effort") if fixed else ("pattern", "effort", "target", "sparsity")
+    steps[0]["prune"] = {key: step[key] for key in given if step.get(key) is not None}
     usual = dict(_keys(build({"model": "demo", "steps": steps}).to_dict()))
-    for key in ("model", "prune.pattern") if fixed else ("model", "prune.sparsity"):
+    if step.get("effort"):
+        own = {key: step[key] for key in HEEDED & step.keys() if step[key] != usual[f"prune.{key}"]}
+        steps[0]["prune"] |= own
+        found = dict(_keys(build({"model": "demo", "steps": steps}).to_dict()))
+        usual |= {key: found[key] for key in found if key.removeprefix("prune.") not in HEEDED}
+    usual |= {"prune.pattern": "unstructured", "prune.effort": None, "prune.target": None}
+    for key in ("model",) if fixed else ("model", "prune.sparsity"):
         del usual[key]
     return usual
 

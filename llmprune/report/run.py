@@ -127,6 +127,7 @@ def report_data(
         "solver": plan.method.solver,
         "refine": plan.method.refine,
         "repair": plan.method.repair,
+        "permute": plan.prune.permute,
         "form": plan.form,
         "tier": plan.tier,
         "sparsity": removed / plan.eligible,

@@ -12,7 +12,12 @@ def stages_line(data: Mapping[str, Any]) -> str:
     """Return the relative error of a linear's output after each stage, mean over all linears."""
     sums: dict[str, list[float]] = {}
     for row in _rows(data):
-        for stage, error in row.get("stages", {}).items():
+        stages = dict(row.get("stages", {}))
+        if "zeroed" in stages:  # before a refinement, whose error is that of the mask it leaves
+            stages = {"masked": stages.pop("zeroed")} | {
+                stage: error for stage, error in stages.items() if stage != "masked"
+            }
+        for stage, error in stages.items():
             sums.setdefault(stage, []).append(error)
     found = {stage: sum(errors) / len(errors) for stage, errors in sums.items()}
     steps = ", ".join(f"{error:.4f} {stage}" for stage, error in found.items())
@@ -28,7 +33,8 @@ def accepted_line(data: Mapping[str, Any]) -> str:
     text = f"{100 * share:.1f} % of rows kept their update"
     degraded = [row["site"] for row in _rows(data) if row.get("degraded")]
     if degraded:
-        text += f"; {len(degraded)} linears degraded to Wanda's mask ({degraded[0]})"
+        some = _some(len(degraded), "linear")
+        text += f"; {some} degraded to Wanda's mask without an update ({degraded[0]})"
     damped = sorted({row["damping"] for row in _rows(data) if "damping" in row})
     if len(damped) > 1:
         text += f"; damping {damped[0]:.3g} to {damped[-1]:.3g}"
@@ -42,8 +48,20 @@ def repair_line(data: Mapping[str, Any]) -> str:
         for name, fact in block.get("repair", {}).items():
             if not isinstance(fact, str):
                 found.setdefault(name, []).append(float(fact))
-    means = ", ".join(f"{name} {sum(each) / len(each):.4g}" for name, each in found.items())
-    return means and f"{data['repair']}: {means} (means over blocks)"
+    means = {name: sum(each) / len(each) for name, each in found.items()}
+    parts = []
+    for name, before in means.items():
+        what, told, _ = name.rpartition("error_before")
+        if told:
+            place = what.rstrip(".")
+            kept = means.get(f"{what}accepted", 1.0)
+            parts.append(
+                (f"{place} " if place not in ("", data["repair"]) else "")
+                + f"{before:.4f} to {means[f'{what}error_after']:.4f}"
+                + (f", kept in {100 * kept:.0f} % of the blocks" if kept < 1 else "")
+            )
+    text = "; ".join(parts) or ", ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+    return text and f"{data['repair']}: held-out error {text} (means over blocks)"
 
 
 def verdict_line(data: Mapping[str, Any]) -> str:
@@ -53,7 +71,8 @@ def verdict_line(data: Mapping[str, Any]) -> str:
         return ""
     scores = ", ".join(f"{value:.4f} {name}" for name, value in verdict["kl"].items())
     used = verdict["allocation"] if verdict["adopted"] else "uniform"
-    return f"KL to the dense model {scores}, on {verdict['sequences']} sequences; {used} is used"
+    apart = f"{_some(verdict['sequences'], 'sequence')} set apart"
+    return f"KL to the dense model {scores}, on {apart}; {used} is used"
 
 
 def target_line(data: Mapping[str, Any]) -> str:
@@ -62,6 +81,7 @@ def target_line(data: Mapping[str, Any]) -> str:
     if not target:
         return ""
     reached = f", reached {target['reached']:.3f}" if "reached" in target else ""
+    reached += "" if target.get("met", True) else ", which misses it"
     return (
         f"ppl {target['asked']['ppl']}: at most {target['limit']:.3f}; sparsity "
         f"{target['sparsity']:.4f} expected to give {target['expected']:.3f}{reached}"
@@ -76,9 +96,13 @@ def fallback_line(data: Mapping[str, Any]) -> str:
             if row.get("fallback"):
                 whys.setdefault(str(row["fallback"]).split(" (")[0], []).append(block["block"])
     return ", ".join(
-        f"{len(blocks)} linears by {why} (blocks {ranges(sorted(set(blocks)))})"
+        f"{_some(len(blocks), 'linear')} by {why} (blocks {ranges(sorted(set(blocks)))})"
         for why, blocks in whys.items()
     )
+
+
+def _some(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _rows(data: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -53,7 +53,8 @@ def report_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _method(data: Mapping[str, Any]) -> str:
     allocation = f"{data['allocation']} allocation" if "allocation" in data else ""
-    parts = [data.get(part) for part in ("refine", "solver", "repair")]
+    parts: list[str | None] = ["permute"] if data.get("permute") else []
+    parts += [data.get(part) for part in ("refine", "solver", "repair")]
     used = " + ".join(part for part in parts if part and part != "zero")
     return ", ".join(filter(None, (data["method"], data.get("pattern"), allocation, used)))
 

@@ -19,6 +19,7 @@ SOLVERS: Registry[Solver] = Registry(
             fn=sweep_columns,
             needs=("gram",),
             updates=True,
+            workspace=(3, 6),
             paper="Frantar & Alistarh, 2023: SparseGPT: Massive Language Models Can Be Accurately "
             "Pruned in One-Shot",
         ),
@@ -26,6 +27,7 @@ SOLVERS: Registry[Solver] = Registry(
             fn=fit_supports,
             needs=("gram",),
             updates=True,
+            workspace=(3, 18),
             paper="Meng et al., 2024: ALPS: Improved Optimization for Highly Sparse One-Shot "
             "Pruning for Large Language Models",
         ),
@@ -33,6 +35,7 @@ SOLVERS: Registry[Solver] = Registry(
             fn=alps,
             needs=("gram",),
             updates=True,
+            workspace=(10, 24),
             paper="Meng et al., 2024: ALPS: Improved Optimization for Highly Sparse One-Shot "
             "Pruning for Large Language Models",
         ),

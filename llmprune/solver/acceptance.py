@@ -5,6 +5,8 @@ Legend: O outputs, I inputs.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,20 @@ from llmprune.solver.errors import row_errors
 from llmprune.solver.types import Solved
 
 
-def accept(
-    weight_OI: Tensor, solved: Solved, gram_II: Tensor, stored: torch.dtype
-) -> tuple[Solved, float]:
-    """Return a solution rounded to the stored dtype, and the share of its rows that was accepted.
+class Accepted(NamedTuple):
+    """What is stored, the share of rows whose update it has, and squared errors of all rows.
+
+    `zeroed` is the error that zeroing leaves, `left` that of what is stored.
+    """
+
+    solved: Solved
+    share: float
+    zeroed: float
+    left: float
+
+
+def accept(weight_OI: Tensor, solved: Solved, gram_II: Tensor, stored: torch.dtype) -> Accepted:
+    """Return a solution rounded to the stored dtype, with the rows that were accepted.
 
     A row that is not finite, or moves its output further than zeroing with the same mask would,
     becomes the original row with zeros. Rows that lose nothing are the original, and accepted.
@@ -41,4 +53,6 @@ def accept(
     result_OI = torch.where(better_O[:, None], rounded_OI, zeroed_OI)
     num_accepted = int((better_O | whole_O).count_nonzero())
     share = num_accepted / len(keep_OI) if len(keep_OI) else 1.0
-    return solved._replace(weight_OI=result_OI), share
+    left_O = torch.where(better_O.to(before_O.device), after_O, before_O)
+    zeroed, left = float(before_O.sum()), float(left_O.sum())
+    return Accepted(solved._replace(weight_OI=result_OI), share, zeroed, left)

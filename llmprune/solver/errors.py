@@ -45,7 +45,15 @@ def relative_error(weight_OI: Tensor, solved_OI: Tensor, gram_II: Tensor) -> flo
     """
     wide = torch.promote_types(weight_OI.dtype, gram_II.dtype)
     change = float(row_errors(weight_OI.to(wide) - solved_OI.to(wide), gram_II).sum())
-    whole = float(row_errors(weight_OI, gram_II).sum())
+    return relative(change, float(row_errors(weight_OI, gram_II).sum()))
+
+
+def relative(change: float, whole: float) -> float:
+    """Return the root of the share that one squared norm is of another.
+
+    >>> relative(9.0, 25.0), relative(0.0, 0.0), relative(1.0, 0.0)
+    (0.6, 0.0, inf)
+    """
     if whole == 0:
         return 0.0 if change == 0 else math.inf
     return math.sqrt(change / whole)

@@ -75,13 +75,16 @@ class Solver:
 
     `fn(weights, stats, chooses, settings)` takes mappings by linear and the statistics of their
     tap, and returns one `Solved` for each; it changes no argument. `needs` names the statistics it
-    reads, and `updates` says whether weights that stay may change.
+    reads, and `updates` says whether weights that stay may change. `workspace` is what it holds at
+    its peak beside its arguments, as seen with two linears of a tap: float32 matrices of the size
+    of the Gram matrix, and of the size of the largest linear.
     """
 
     fn: Callable[[Mapping[str, Tensor], Stats, Mapping[str, Choose], Settings], dict[str, Solved]]
     needs: tuple[str, ...]
     updates: bool
     paper: str
+    workspace: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

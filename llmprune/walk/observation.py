@@ -28,10 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """Statistics by tap, and the dense output of the first micro-batch."""
+    """Statistics by tap, and the dense output of the first micro-batch.
+
+    `influence` is the share of that output's energy that the block itself adds to its input, a mean
+    over tokens: near 0 for a block that hardly changes what passes through it.
+    """
 
     stats: Mapping[str, Stats]
     dense_output: Tensor
+    influence: float
 
 
 class _Complete(Exception):
@@ -95,6 +100,7 @@ def observe(
     pointers = _pointers(block)
     first: Tensor | None = None
     counts: Counter[str] | None = None
+    influence = 0.0
     wanted = stream.arguments if needs or dense else stream.arguments[:1]
     with torch.no_grad():
         for batch, arguments in enumerate(wanted):
@@ -107,13 +113,14 @@ def observe(
                 continue
             if first is None:
                 first, counts = output.clone(), watch.counts
+                influence = _influence(hidden, output)
             if dense:
                 stream.hidden.set(batch, output)
     assert first is not None and counts is not None
     stats = {tap: _merge(each) for tap, each in accumulators.items()}
     _check_read(block, stats, counts)
     _check_finite(block, stats)
-    return Seen(stats=stats, dense_output=first)
+    return Seen(stats=stats, dense_output=first, influence=influence)
 
 
 def in_rounds(
@@ -142,6 +149,13 @@ def statistics_bytes(anatomy: Anatomy, needs: Mapping[str, tuple[str, ...]]) -> 
     return sum(
         STATISTICS[name].num_bytes(widths[tap]) for tap, names in needs.items() for name in names
     )
+
+
+def _influence(hidden_BTD: Tensor, output_BTD: Tensor) -> float:
+    """Return the mean over tokens of ||output - input||^2 / ||output||^2."""
+    added_BT = (output_BTD.float() - hidden_BTD.float()).square().sum(dim=-1)
+    whole_BT = output_BTD.float().square().sum(dim=-1)
+    return float((added_BT / whole_BT.clamp_(min=torch.finfo(torch.float32).tiny)).mean())
 
 
 def _pointers(block: Block) -> dict[int, str]:
@@ -187,7 +201,8 @@ def _check_finite(block: Block, stats: Mapping[str, Stats]) -> None:
     """Raise where a statistic is not finite."""
     for tap, each in stats.items():
         for name, value in each.values.items():
-            if not torch.isfinite(value).all():
+            low, high = torch.aminmax(value)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
                 raise NumericalError(
                     f"activation {tap!r} of block {block.index} holds NaN or infinity ({name}). In "
                     "float16 large activations overflow: use --dtype bfloat16 or float32; "

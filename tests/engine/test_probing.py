@@ -352,7 +352,7 @@ def test_a_verdict_is_what_plain_models_say(pico: Pico, prune: Prune, stock: Sto
         for site, count in counts.items():
             weight = linear_of(model, site)
             zero_smallest(weight, Fraction(count, weight.numel()))
-        expected = float(compared(dense, model, set_apart(tokens)[1]).kl_S.mean())
+        expected = float(compared(dense, model, set_apart(tokens).judge_ST).kl_S.mean())
         assert report.data["verdict"]["kl"][name] == pytest.approx(expected, rel=1e-3)
 
 

@@ -129,6 +129,7 @@ def test_what_was_expected_of_magnitude_is_what_comes(pico: Pico, prune: Prune) 
         assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
+@pytest.mark.slow
 def test_a_value_means_the_same_as_the_rise_to_it(pico: Pico, prune: Prune) -> None:
     rise = prune(pico("llama", tied=False), "rise")
     value = prune(
@@ -144,6 +145,7 @@ def test_no_more_goes_than_the_sparsity_given(pico: Pico, prune: Prune) -> None:
     assert len(target_of(report)["looked_at"]) == SPLITS  # the most was within: one round
 
 
+@pytest.mark.slow
 def test_shares_of_an_allocation_come_on_top(pico: Pico, prune: Prune) -> None:
     settings = ["prune.allocation=owl", "prune.adopt=always"]
     report = prune(pico("llama", tied=False), method="wanda", settings=settings)

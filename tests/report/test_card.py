@@ -168,6 +168,19 @@ WISHES: list[dict[str, Any]] = [
         "steps": [{"prune": {"sparsity": 0.5}}, {"evaluate": {}}],
         "calibration": {"data": [{"data": "demo", "weight": 3}, {"data": "a.txt"}]},
     },
+    *(
+        {"steps": [{"prune": prune}, {"evaluate": {}}]}
+        for prune in (
+            {"effort": "best", "sparsity": 0.7},
+            {"effort": "good", "method": "wanda", "sparsity": 0.6},
+            {"effort": "best", "pattern": "2:4", "permute": False, "repair": "none"},
+            {"target": {"ppl": "+10%"}, "options": {"spread": 0.1}, "allocation": "owl"},
+            {"target": {"ppl": "12.5"}, "sparsity": 0.6, "effort": "good", "damp": "diag"},
+            {"effort": "good", "sparsity": 0.5, "sparsities": {"*down_proj": 0.3}},
+            {"effort": "best", "sparsity": 0.5, "method": "owl", "repair": "none"},
+            {"effort": "best", "sparsity": 0.6, "propagate": "dense"},
+        )
+    ),
 ]
 
 
@@ -187,6 +200,37 @@ def test_the_command_asks_for_the_same_recipe(
     with pytest.raises(SystemExit):
         cli.main(shlex.split(command_text(recipe.to_dict()))[1:])
     assert made == [recipe]
+
+
+@pytest.mark.parametrize(
+    ("more", "flags"),
+    [
+        ({}, ""),
+        ({"method": "dsnot"}, " --method dsnot"),
+        ({"sparsities": {"*q_proj": 0}}, " --set 'prune.sparsities={\"*q_proj\": 0.0}'"),
+        ({"repair": "none"}, " --set 'prune.repair=\"none\"'"),
+    ],
+)
+def test_an_effort_asks_for_its_parts_by_itself(more: dict[str, Any], flags: str) -> None:
+    steps = [{"prune": {"effort": "best", "sparsity": 0.7} | more}, {"evaluate": {}}]
+    command = command_text(build({"model": "demo", "steps": steps}).to_dict())
+    words = shlex.split("llmprune --model demo --sparsity 0.7 --effort best" + flags)
+    assert sorted(shlex.split(command)) == sorted(words)
+
+
+def test_the_card_tells_what_became_of_the_weights_that_stay(result: Result) -> None:
+    plain = pack(result(), "me/small").card
+    assert "What became of the rest" not in plain and "It was not trained after" in plain
+    folder = result("qwen2", method="free-lunch", settings=["evaluate.perplexity=false"])
+    verdict = {"allocation": "owl", "kl": {"uniform": 0.2, "owl": 0.1}, "adopted": True}
+    change(folder, "report.json", allocation="owl", verdict=verdict | {"sequences": 1})
+    card = pack(folder, "me/small").card
+    for words in (
+        "Allocation `owl`: KL to the dense model 0.2000 uniform, 0.1000 owl, on 1 sequence",
+        "updated by `least-squares`: ", "of rows kept their update", "After each stage: ",
+        "by halves: held-out error ", "Its blocks were trained one at a time",
+    ):  # fmt: skip
+        assert words in card, words
 
 
 def test_a_head_that_cannot_be_read_is_left_out(result: Result) -> None:

@@ -58,7 +58,7 @@ def test_relative_errors() -> None:
 
 def test_better_rows_are_taken_and_worse_ones_zeroed_bit_for_bit() -> None:
     solved = Solved(torch.stack([T1_BEST[0], 3 * T1_BEST[1]]), T1_KEEP, {"damping": 0.01})
-    accepted, share = accept(T1_WEIGHT, solved, T1_GRAM, torch.float32)
+    accepted, share, *_ = accept(T1_WEIGHT, solved, T1_GRAM, torch.float32)
     assert torch.equal(accepted.weight_OI, torch.stack([T1_BEST[0], T1_ZEROED[1]]))
     assert accepted.weight_OI[1].view(torch.int32).tolist()[0] == 0  # +0.0
     assert share == 0.5
@@ -69,7 +69,7 @@ def test_better_rows_are_taken_and_worse_ones_zeroed_bit_for_bit() -> None:
 def test_a_row_that_is_not_finite_once_stored_is_zeroed(value: float) -> None:
     broken = T1_BEST.double()
     broken[0, 0] = value
-    accepted, share = accept(T1_WEIGHT, Solved(broken, T1_KEEP), T1_GRAM, torch.bfloat16)
+    accepted, share, *_ = accept(T1_WEIGHT, Solved(broken, T1_KEEP), T1_GRAM, torch.bfloat16)
     assert torch.equal(accepted.weight_OI[0], T1_ZEROED[0].bfloat16())
     assert torch.equal(accepted.weight_OI[1], T1_BEST[1].bfloat16())
     assert share == 0.5
@@ -80,29 +80,43 @@ def test_what_is_compared_is_what_will_be_stored() -> None:
     weight, keep = torch.tensor([[1.0, 2.0**-10]]), torch.tensor([[True, False]])
     gram = torch.tensor([[1.0, 3.0], [3.0, 21.0]])
     solved = Solved(torch.tensor([[1 + 4.2 * 2**-10, 0.0]]), keep)
-    kept, _ = accept(weight, solved, gram, torch.float32)
+    kept, *_ = accept(weight, solved, gram, torch.float32)
     assert torch.equal(kept.weight_OI, solved.weight_OI)
-    rounded, share = accept(weight, solved, gram, torch.bfloat16)
+    rounded, share, *_ = accept(weight, solved, gram, torch.bfloat16)
     assert rounded.weight_OI.dtype == torch.bfloat16
     assert rounded.weight_OI.tolist() == [[1.0, 0.0]] and share == 0.0
 
 
 def test_zeros_are_made_where_the_solver_left_something() -> None:
-    accepted, share = accept(T1_WEIGHT, Solved(T1_BEST + 1e-3, T1_KEEP), T1_GRAM, torch.float32)
+    accepted, share, *_ = accept(T1_WEIGHT, Solved(T1_BEST + 1e-3, T1_KEEP), T1_GRAM, torch.float32)
     assert torch.equal(accepted.weight_OI == 0, ~T1_KEEP)
     assert share == 1.0
 
 
 def test_a_row_that_loses_nothing_is_the_original_and_counts_as_accepted() -> None:
     keep = torch.tensor([[True] * 4, [False] * 4])
-    accepted, share = accept(T1_WEIGHT, Solved(9 * T1_WEIGHT, keep), T1_GRAM, torch.float32)
+    accepted, share, *_ = accept(T1_WEIGHT, Solved(9 * T1_WEIGHT, keep), T1_GRAM, torch.float32)
     assert torch.equal(accepted.weight_OI, torch.stack([T1_WEIGHT[0], torch.zeros(4)]))
     assert share == 1.0
 
 
 def test_nothing_given_is_changed() -> None:
     weight, gram, solved = T1_WEIGHT.clone(), T1_GRAM.clone(), T1_BEST.clone()
-    accepted, _ = accept(weight, Solved(solved, T1_KEEP), gram, torch.float32)
+    accepted, *_ = accept(weight, Solved(solved, T1_KEEP), gram, torch.float32)
     accepted.weight_OI.zero_()
     assert torch.equal(weight, T1_WEIGHT) and torch.equal(gram, T1_GRAM)
     assert torch.equal(solved, T1_BEST)
+
+
+def test_the_errors_returned_are_those_of_zeroing_and_of_what_is_stored() -> None:
+    broken = T1_BEST.clone()
+    broken[1, 1] = 50.0  # one row of two is worse than zeroing
+    solved, share, zeroed, left = accept(
+        T1_WEIGHT, Solved(broken, T1_KEEP), T1_GRAM, torch.bfloat16
+    )
+    plain = (T1_WEIGHT * T1_KEEP).bfloat16().float()
+    assert share == 0.5
+    assert zeroed == pytest.approx(float(row_errors(T1_WEIGHT - plain, T1_GRAM).sum()))
+    stored = solved.weight_OI.float()
+    assert left == pytest.approx(float(row_errors(T1_WEIGHT - stored, T1_GRAM).sum()))
+    assert left < zeroed

@@ -11,8 +11,8 @@ import llmprune
 HOME = Path(llmprune.__file__).parent
 ROOMS = (
     "base", "recipe", "catalog", "arch", "stats", "score", "mask", "solver", "allocation",
-    "checkpoint", "calibration", "walk", "repair", "evaluation", "delivery", "engine", "recovery", "report",
-    "steps", "measuring", "api", "commands", "cli",
+    "checkpoint", "calibration", "walk", "repair", "evaluation", "delivery", "engine", "recovery",
+    "report", "steps", "measuring", "api", "commands", "cli",
 )  # fmt: skip
 FILES = sorted(HOME.rglob("*.py"))
 
