@@ -61,7 +61,7 @@ def make_recipe(
     'wanda'
     """
     prune: dict[str, Any] = {"sparsity": sparsity, "method": method, "pattern": pattern}
-    prune |= {"effort": effort, "target": target and dict(target)}
+    prune |= {"effort": effort, "target": dict(target) if isinstance(target, Mapping) else target}
     calibration = {"data": calib, "num_samples": num_samples, "seq_len": seq_len}
     data: dict[str, Any] = {"model": model, "steps": default_steps()}
     data["steps"][0]["prune"] = _given(prune)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,7 +171,7 @@ def _carry_out(
         prior=prior_masks(opened),
         folder=records.survey,
     )
-    with _stage(seconds, "survey"):
+    with _stage(seconds, "survey") if plan.surveys else nullcontext():
         plan, gradients = before_the_cut(
             plan,
             around,
@@ -293,7 +293,7 @@ def run_resident(
             return embed(blocks, tokens_NT, plan.estimate.micro_batch, place=plan.estimate.place)
 
         around = Surroundings(blocks=blocks, progress=progress, tokens_NT=tokens, embed=fresh)
-        with _stage(seconds, "survey"):
+        with _stage(seconds, "survey") if plan.surveys else nullcontext():
             plan, gradients = before_the_cut(plan, around)
         flow = fresh(tokens) if tokens is not None and plan.parts.cut_tokens else None
         dense = fresh(tokens) if tokens is not None and plan.parts.dense else None

@@ -1,6 +1,6 @@
 """What llmprune costs: memory by depth, time by the model's own forward, bytes per second.
 
-usage: python eval/cost/measure.py memory | wanda | magnitude | startup   [--help]
+usage: python eval/cost/measure.py memory | wanda | methods | magnitude | startup   [--help]
 Everything is a ratio within one run, or per core, so that it means the same on another machine.
 """
 
@@ -22,18 +22,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("memory", "wanda", "magnitude", "startup"))
+    parser.add_argument("what", choices=("memory", "wanda", "methods", "magnitude", "startup"))
     parser.add_argument("--blocks", type=int, nargs="+", default=[12, 48])
     parser.add_argument("--hidden", type=int, default=1536)
     parser.add_argument("--ffn", type=int, default=4096)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--method", default="wanda")
+    parser.add_argument("--against", nargs="+", default=["sparsegpt"])
     parser.add_argument("--num-samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    {"memory": memory, "wanda": wanda, "magnitude": magnitude, "startup": startup}[args.what](args)
+    what = {"memory": memory, "wanda": wanda, "methods": methods, "magnitude": magnitude}
+    (what | {"startup": startup})[args.what](args)
 
 
 def checkpoint(folder: str, args: argparse.Namespace, blocks: int) -> Path:
@@ -158,6 +160,23 @@ def wanda(args: argparse.Namespace) -> None:
         f"cut {cut:.2f} s, the blocks' own forward {forward:.2f} s: ratio {cut / forward:.2f} "
         f"({shares}); {tokens.numel()} tokens, micro-batch {micro}, {args.threads} threads"
     )
+
+
+def methods(args: argparse.Namespace) -> None:
+    """Engine time (embed and cut) of methods against that of `--method`, on one model."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        model = checkpoint(folder, args, args.blocks[0])
+        found = {}
+        for method in (args.method, *args.against):
+            out = Path(folder) / method
+            subprocess.run(command(model, out, args, method), check=True)
+            seconds = json.loads((out / "llmprune" / "report.json").read_text())["seconds"]
+            found[method] = seconds["embed"] + seconds["cut"] + seconds.get("survey", 0.0)
+    tokens = f"{args.num_samples} x {args.seq_len} tokens"
+    shape = f"{args.blocks[0]} blocks of hidden {args.hidden}, FFN {args.ffn}"
+    for method, seconds in found.items():
+        ratio = seconds / found[args.method]
+        print(f"{method}: {seconds:.1f} s, {ratio:.2f} x {args.method} ({shape}, {tokens})")
 
 
 def magnitude(args: argparse.Namespace) -> None:

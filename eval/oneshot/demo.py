@@ -75,7 +75,8 @@ def measure(
     windows_NT: Tensor,
 ) -> dict[str, Any]:
     """Prune the model in memory and return a line of the results."""
-    name, *settings = method.split("+") if method != "wanda++" else [method]
+    name, *settings = method.replace("wanda++", "wanda\0").split("+")
+    name = name.replace("\0", "++")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     report, seconds = None, 0.0
     if name != "dense":

@@ -36,9 +36,7 @@ ALLOCATIONS: Registry[Allocation] = Registry(
         "dimap": Allocation(
             fn=share_of_lowest,
             needs=("profile",),
-            profile=Profile(
-                fn=magnitudes, ranked=True, normalise=layer_adaptive, among=module_of
-            ),
+            profile=Profile(fn=magnitudes, ranked=True, normalise=layer_adaptive, among=module_of),
             paper="He & Zhou, 2024: Data-independent Module-Aware Pruning for Hierarchical Vision "
             "Transformers",
         ),

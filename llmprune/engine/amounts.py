@@ -213,9 +213,9 @@ def check_reads(step: PruneStep, allocation: str, cost: Estimate) -> None:
         RecipeError: it would; says how often.
     """
     if cost.num_reads > step.max_reads:
-        options = ALLOCATIONS[allocation].options
-        fewer = next((name for name in ("generations", "rounds") if name in options), None)
-        lower = f"Fewer, as in --set prune.options.{fewer}=10, read it less; " if fewer else ""
+        given = options_for(step.options, ALLOCATIONS[allocation].options)
+        rounds = int(given.get("generations", 0)) // 2
+        lower = f"--set prune.options.generations={rounds} reads it less; " if rounds else ""
         raise RecipeError(
             f"prune.allocation: {allocation} would read the checkpoint {cost.num_reads:,} times, "
             f"once per walk, where {step.max_reads} are allowed. {lower}"

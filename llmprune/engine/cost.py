@@ -158,7 +158,7 @@ def estimate(
     working = max(
         block + held + seen + max(activations, deciding + solving, deciding + shape.largest_shard),
         backward,
-        block + states + activations + (seen + solving if survey.target else 0),
+        block + states + activations + (statistics_bytes + solving if survey.target else 0),
         block + shape.block_params * 20 + micro * graph if passes else 0,
         (shape.entrance_params * itemsize if forward else 0) + activations,
         shape.exit_params * itemsize + 3 * LOGITS * 4 if eval_tokens else 0,

@@ -256,6 +256,8 @@ def _repaired(
         facts = repair.fn(work)
         outcome = found[-1]
         outcome.facts.update(facts)
+        for row in outcome.rows:  # it was of weights that were trained since
+            row["error"] = None
         outcome.touched |= block.rounded(outcome.touched, plan.stored)
     return outcome, dense_output
 

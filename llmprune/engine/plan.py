@@ -112,6 +112,11 @@ class Plan:
         return self.parts.tokens
 
     @property
+    def surveys(self) -> bool:
+        """Tell whether the model is looked at before the first cut."""
+        return self.counts is None or bool(self.parts.backward or self.prune.target)
+
+    @property
     def draws(self) -> bool:
         """Tell whether masks follow from the seed, also where no text is drawn with it."""
         return "seed" in SCORES[self.method.score].needs
@@ -376,7 +381,8 @@ def _notes(step: PruneStep, group: GroupName, pattern: Pattern) -> tuple[str, ..
 def _windows(asked: bool | str, windows: int, cost: Estimate) -> int:
     """Return how many windows are scored: by default only where that adds little to the cut."""
     if asked == "auto":
-        return windows if cost.evaluate_seconds <= EVAL_SHARE * cost.cut_seconds else 0
+        taken = cost.survey_seconds + cost.cut_seconds
+        return windows if cost.evaluate_seconds <= EVAL_SHARE * taken else 0
     return windows if asked else 0
 
 

@@ -82,11 +82,12 @@ class Outcome:
 
 
 class Parts(NamedTuple):
-    """The score and solver that a group is cut with, and why they are not the method's own."""
+    """What a group is cut with, and why that is not the method's own."""
 
     score: str
     solver: str
     refine: str | None
+    group: GroupName
     fallback: str | None = None
 
 
@@ -215,18 +216,19 @@ class Cutter:
         needs = {*SCORES[method.score].learnt, *SOLVERS[method.solver].needs}
         if method.refine is not None:
             needs |= {*REFINEMENTS[method.refine].needs}
-        own = Parts(method.score, method.solver, method.refine)
+        own = Parts(method.score, method.solver, method.refine, self.group)
         places = {STATISTICS[name].observe for name in needs}
         unseen = "tap" in places and stats.num_tokens == 0
         if places - {"tap"}:  # an expert that no token reached has gradients of zero
             gradients = [learnt.get(site.spans[0].linear, EMPTY) for site in group.sites]
             unseen |= not any(bool(v.any()) for each in gradients for v in each.values.values())
         if unseen:
-            return Parts("magnitude", "zero", None, NO_TOKENS)
+            return Parts("magnitude", "zero", None, self.group, NO_TOKENS)
         if "gram" in stats.values and stats.num_tokens < columns:
             score = "wanda" if SCORES[method.score].adaptive else method.score
             why = f"{score} ({stats.num_tokens} tokens for {columns} columns)"
-            return Parts(score, "zero", None, why)
+            among: GroupName = "row" if score != method.score else self.group
+            return Parts(score, "zero", None, among, why)
         return own
 
     def _choose(
@@ -240,7 +242,7 @@ class Cutter:
         if prior_OI is not None:
             score_OI.masked_fill_(~prior_OI.to(score_OI.device), -torch.inf)
         count = self.counts[site.name]
-        keep_OI = choose_keep(self.pattern, score_OI, count, self.group, self.method.pool)
+        keep_OI = choose_keep(self.pattern, score_OI, count, parts.group, self.method.pool)
         if prior_OI is not None:
             keep_OI &= prior_OI.to(keep_OI.device)
         return decided(keep_OI)

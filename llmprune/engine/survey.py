@@ -153,9 +153,10 @@ def _judged(plan: Plan, probe: Probe, progress: Progress) -> Plan:
         "adopted": adopted,
         "sequences": len(ours.kl_S),
     }
+    num = len(ours.kl_S)
     progress.note(
-        f"allocation: KL to the dense model {ours.kl:.4f} with {plan.allocation}, "
-        f"{theirs.kl:.4f} with uniform, on {len(ours.kl_S)} sequences set apart; "
+        f"allocation: KL to the dense model {ours.kl:.4g} with {plan.allocation}, {theirs.kl:.4g} "
+        f"with uniform, on {num} sequence{'' if num == 1 else 's'} set apart; "
         + (plan.allocation if adopted else UNIFORM)
         + " is used"
     )
@@ -273,7 +274,8 @@ def _visit(
 
     A block whose statistics do not fit at once is yielded in parts, unless it is looked at whole.
     """
-    stream = around.stream(apart=plan.parts.probes) if needs else None
+    row = ALLOCATIONS[plan.allocation]
+    stream = around.stream(apart=row.judged or "probe" in row.needs) if needs else None
     blocks, room = around.blocks, plan.estimate.statistics_bytes
     profile = ALLOCATIONS[plan.allocation].profile
     if profile is not None and profile.level == "block":

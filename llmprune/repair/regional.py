@@ -80,9 +80,10 @@ def repair_regional(work: Work) -> dict[str, Fact]:
         before = _error(work, drawn.held)
         first = {name: p.detach().clone() for name, p in work.block.module.named_parameters()}
         squares: dict[str, Tensor] = {}
+        masters: dict[str, Tensor] = {}
         linears: Collection[str] = work.keep.keys()
         for batches in drawn.rounds:
-            _optimise(work, linears, batches, squares)
+            _optimise(work, linears, batches, squares, masters)
             linears = work.decide().keys()
         after = _error(work, drawn.held)
         accepted = after <= before
@@ -100,12 +101,25 @@ def repair_regional(work: Work) -> dict[str, Fact]:
 
 
 def _optimise(
-    work: Work, linears: Collection[str], batches: Collection[int], squares: dict[str, Tensor]
+    work: Work,
+    linears: Collection[str],
+    batches: Collection[int],
+    squares: dict[str, Tensor],
+    masters: dict[str, Tensor],
 ) -> None:
-    """Take one step per micro-batch; `squares` are the mean squares of gradients by parameter."""
+    """Take one step per micro-batch.
+
+    `squares` are the mean squares of gradients by parameter, and `masters` the parameters in
+    float32: both go on from round to round, because half precision holds no single step.
+    """
     block, rate = work.block, work.options["learning_rate"]
     with differentiable(block, dict.fromkeys(linears)) as params:
-        masters = {name: param.detach().float() for name, param in params.items()}
+        for name, param in params.items():
+            whole = param.detach().float()
+            if name in masters:  # what was not pruned since goes on from where it was
+                same = masters[name].to(param.dtype) == param.detach()
+                whole = torch.where(same, masters[name], whole)
+            masters[name] = whole
         moving = {name: _moving(block, name, linears) for name in params}
         for batch in batches:
             for name, gradient in _gradients(work, params, batch).items():

@@ -50,13 +50,12 @@ def repair_line(data: Mapping[str, Any]) -> str:
                 found.setdefault(name, []).append(float(fact))
     means = {name: sum(each) / len(each) for name, each in found.items()}
     parts = []
-    for name, before in means.items():
-        what, told, _ = name.rpartition("error_before")
-        if told:
-            place = what.rstrip(".")
-            kept = means.get(f"{what}accepted", 1.0)
+    told = [name.removesuffix("error_before") for name in means if name.endswith("error_before")]
+    for what in told:
+        if f"{what}error_after" in means:
+            before, kept = means[f"{what}error_before"], means.get(f"{what}accepted", 1.0)
             parts.append(
-                (f"{place} " if place not in ("", data["repair"]) else "")
+                (f"{what.rstrip('.')} " if len(told) > 1 else "")
                 + f"{before:.4f} to {means[f'{what}error_after']:.4f}"
                 + (f", kept in {100 * kept:.0f} % of the blocks" if kept < 1 else "")
             )
@@ -69,7 +68,7 @@ def verdict_line(data: Mapping[str, Any]) -> str:
     verdict = data.get("verdict")
     if not verdict:
         return ""
-    scores = ", ".join(f"{value:.4f} {name}" for name, value in verdict["kl"].items())
+    scores = ", ".join(f"{value:.4g} {name}" for name, value in verdict["kl"].items())
     used = verdict["allocation"] if verdict["adopted"] else "uniform"
     apart = f"{_some(verdict['sequences'], 'sequence')} set apart"
     return f"KL to the dense model {scores}, on {apart}; {used} is used"

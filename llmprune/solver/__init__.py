@@ -12,7 +12,7 @@ from llmprune.solver.types import Refinement, Solver
 from llmprune.solver.zero import zero_pruned
 
 SOLVERS: Registry[Solver] = Registry(
-    "solver",
+    "prune.solver",
     {
         "zero": Solver(fn=zero_pruned, needs=(), updates=False, paper="every paper's baseline"),
         "columnwise": Solver(

@@ -226,7 +226,7 @@ def test_the_card_tells_what_became_of_the_weights_that_stay(result: Result) -> 
     change(folder, "report.json", allocation="owl", verdict=verdict | {"sequences": 1})
     card = pack(folder, "me/small").card
     for words in (
-        "Allocation `owl`: KL to the dense model 0.2000 uniform, 0.1000 owl, on 1 sequence",
+        "Allocation `owl`: KL to the dense model 0.2 uniform, 0.1 owl, on 1 sequence",
         "updated by `least-squares`: ", "of rows kept their update", "After each stage: ",
         "by halves: held-out error ", "Its blocks were trained one at a time",
     ):  # fmt: skip

@@ -345,7 +345,7 @@ LONGER = [
     ("repair of blocks", ("--set", "prune.repair=block"), lambda n: at_call(halves, "fit", n), 3),
     ("regional repair", ("--method", "wanda++"),
      lambda n: at_call(cutting, "regional_squares", n), 9),
-    ("target", TARGET, lambda n: at_call(Prober, "_walk", n), 4),
+    ("target", TARGET, lambda n: at_call(Prober, "_walk", n), 2),
     ("target met", TARGET, lambda n: at_call(Cutter, "reorder_writers", n), 3),
 ]  # fmt: skip
 
