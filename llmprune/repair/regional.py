@@ -115,8 +115,8 @@ def _optimise(
     block, rate = work.block, work.options["learning_rate"]
     with differentiable(block, dict.fromkeys(linears)) as params:
         for name, param in params.items():
-            whole = param.detach().float()
-            if name in masters:  # what was not pruned since goes on from where it was
+            whole = param.detach().float()  # in float32 the parameter itself
+            if name in masters and param.dtype != torch.float32:  # go on but for what was pruned
                 same = masters[name].to(param.dtype) == param.detach()
                 whole = torch.where(same, masters[name], whole)
             masters[name] = whole

@@ -164,3 +164,26 @@ def test_pruned_weights_move_between_cuts_and_may_come_back(
 
         ROW.fn(replace(work_of(block, stream, seen, cut), decide=noted))
         assert len(moved) == 2 * len(cut.keep) and min(moved) > 0.9
+
+
+def test_steps_too_small_for_half_precision_add_up_over_rounds(
+    make_model: MakeModel, tokens: Tensor
+) -> None:
+    """A step rounds away in bfloat16; rounds go on from float32, so many steps do not."""
+    moved = {}
+    for rounds in (1.0, 24.0):
+        model = make_model("llama").to(torch.bfloat16)
+        with in_memory(model) as blocks, blocks.open(0) as block:
+            stream = embed(blocks, tokens, 1)
+            options = {"rounds": rounds, "samples": 1.0, "learning_rate": 1e-5}
+            seen = ROW.watch(block, stream, options, 5)
+            cut = Cut(block)
+            before = {name: block.weight(name).clone() for name in cut.keep}
+            work = replace(work_of(block, stream, seen, cut, **options), undo=lambda: None)
+            ROW.fn(work)
+            kept = {name: keep & (before[name] != 0) for name, keep in cut.keep.items()}
+            moved[rounds] = sum(
+                int((block.weight(name)[kept[name]] != before[name][kept[name]]).sum())
+                for name in kept
+            )
+    assert moved[24.0] > 2 * moved[1.0], moved
