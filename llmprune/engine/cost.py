@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llmprune.allocation.threshold import BYTES_PER_BIN, TYPICAL_BINS
 from llmprune.base.errors import RecipeError, TooLarge
@@ -118,8 +118,8 @@ def estimate(
 
     `statistics_bytes` is what the statistics of the largest block take up; where that is more than
     a quarter of what may be used, the block is observed in rounds. Micro-batches hold `most`
-    sequences at most; `streams` are the hidden states held per token, and `passes`
-    the forwards that repairing a block costs. `workspace` is that of the solver.
+    sequences at most; `streams` are the hidden states held per token, and `passes` the forwards
+    that repairing a block costs. `workspace` is that of the solver.
 
     Raises:
         TooLarge: it does not fit the memory that there is, or that --max-memory allows.
@@ -147,18 +147,17 @@ def estimate(
     backward = block * 2 + survey.moments * shape.block_params * 4 + graph if survey.moments else 0
     probed = min(16, max(1, num_samples // 8)) * seq_len
     probed = max(probed, eval_tokens) if survey.target else probed
-    each = probed * shape.hidden_size * itemsize
-    num_candidates = max(survey.rounds, default=0)
-    at_once = max(1, min(num_candidates, max(PROBE_ROOM, device_budget // 8) // each))
-    states = 2 * (at_once + 1) * each if survey.rounds else 0  # before a block, and after it
+    search = plan_search(survey, probed * shape.hidden_size * itemsize, device_budget)
     saved = hidden // streams * (shape.num_blocks + 1) if survey.moments else 0
     groups = 1 if saved < host_budget // 2 else -(-saved // TAPE)
-    walks = sum(-(-num // at_once) for num in survey.rounds)
-    walks += 2 * groups if survey.moments else 0
+    walks = search.num_walks + (2 * groups if survey.moments else 0)
     working = max(
         block + held + seen + max(activations, deciding + solving, deciding + shape.largest_shard),
         backward,
-        block + states + activations + (statistics_bytes + solving if survey.target else 0),
+        block
+        + search.num_bytes
+        + activations
+        + (statistics_bytes + solving if survey.target else 0),
         block + shape.block_params * 20 + micro * graph if passes else 0,
         (shape.entrance_params * itemsize if forward else 0) + activations,
         shape.exit_params * itemsize + 3 * LOGITS * 4 if eval_tokens else 0,
@@ -208,11 +207,28 @@ def estimate(
         cut_seconds=(1.85 + passes) * flops * tokens / rate + shape.stored_bytes / WEIGHT_RATE,
         evaluate_seconds=2 * (flops + head) * eval_tokens / rate,
         resume_seconds=flops * tokens / rate,
-        probe_at_once=at_once,
+        probe_at_once=search.at_once,
         num_candidates=sum(survey.rounds),
         gradient_bytes=saved,
         gradient_place=spill,
     )
+
+
+class Search(NamedTuple):
+    """How candidates are walked: so many at once, in so many walks, holding so many bytes."""
+
+    at_once: int
+    num_walks: int
+    num_bytes: int
+
+
+def plan_search(survey: Survey, state_bytes: int, budget: int) -> Search:
+    """Return how many candidates a walk takes whose hidden states are held twice: before a block,
+    and after it, with the dense model's beside them."""
+    most = max(survey.rounds, default=0)
+    at_once = max(1, min(most, max(PROBE_ROOM, budget // 8) // max(1, state_bytes)))
+    walks = sum(-(-num // at_once) for num in survey.rounds)
+    return Search(at_once, walks, 2 * (at_once + 1) * state_bytes if most else 0)
 
 
 def micro_batch(

@@ -28,8 +28,7 @@ class Needs:
     `cut` are statistics of taps while a block is cut, `regional` gradients of its own output then;
     `survey` statistics of taps before the first cut, `backward` gradients of the loss before it.
     `inputs` says that a block's inputs are needed though no statistic is, `dense` that the dense
-    model is walked alongside; `probes` that candidates
-    are walked and compared with the dense model.
+    model is walked alongside, and `probes` that candidates are walked and compared with it.
     """
 
     cut: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ from llmprune.checkpoint.locate import open_source
 from llmprune.delivery.masks import MaskFiles
 from llmprune.engine import solving
 from llmprune.mask.packed import unpack
+from llmprune.report.run import Report
 from tests.reference.perplexities import of_model
 
 HERE = Path(__file__).parent
@@ -121,3 +122,18 @@ def test_dense_perplexity_is_the_published_one(tokens: dict[str, Tensor]) -> Non
     assert of_model(model, tokens["evaluation"], micro_batch=4)[0] == pytest.approx(
         45.260, rel=1e-4
     )
+
+
+@pytest.mark.slow  # Gram matrices of 65,000 tokens
+@pytest.mark.parametrize(
+    ("name", "published"), [("sparsegpt-0.6", 49.374), ("sparsegpt-2of4", 49.757)]
+)
+def test_sparsegpt_is_as_good_as_the_published_code(
+    name: str, published: float, tokens: dict[str, Tensor], tmp_path: Path
+) -> None:
+    _, perplexity = pruned(name, tokens, tmp_path / "out")
+    assert perplexity == pytest.approx(published, rel=0.005)
+    sites = [
+        row for block in Report.read(tmp_path / "out").data["blocks"] for row in block["sites"]
+    ]
+    assert min(row["accepted"] for row in sites) >= 0.9
