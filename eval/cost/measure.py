@@ -56,7 +56,7 @@ def command(model: Path, out: Path, args: argparse.Namespace, method: str) -> li
     """Return the command line of a pruning."""
     return [
         *(sys.executable, "-m", "llmprune", "--model", str(model), "--sparsity", "0.5"),
-        *("--method", method, "--out", str(out), "--no-eval", "--quiet"),
+        *("--method", method, "--out", str(out), "--no-eval", "--quiet", "--calib", "demo"),
         *("--num-samples", str(args.num_samples), "--seq-len", str(args.seq_len)),
     ]
 
