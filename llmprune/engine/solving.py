@@ -310,7 +310,9 @@ class Cutter:
         refined = {}
         for name, keep_OI in keeps.items():
             weight_OI = weights[name]
-            better_OI = REFINEMENTS[parts.refine].fn(weight_OI, keep_OI, stats, within)
+            better_OI = REFINEMENTS[parts.refine].fn(
+                weight_OI, keep_OI, stats, within, self.settings
+            )
             for stage, mask_OI in (("zeroed", keep_OI), (parts.refine, better_OI)):
                 error = _error(weight_OI, Solved(masked(weight_OI, mask_OI), mask_OI), stats)
                 if error is not None:

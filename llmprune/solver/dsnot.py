@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmprune.solver.types import Settings
 from llmprune.stats.types import Stats
 
 STEPS = 50
@@ -22,7 +23,13 @@ NEAR = 0.1  # of the row's first |E|: near enough to zero
 _CHUNK = 2**22  # values of the rows that are worked on at a time
 
 
-def grow_and_prune(weight_OI: Tensor, keep_OI: Tensor, stats: Stats, within: int | None) -> Tensor:
+def grow_and_prune(
+    weight_OI: Tensor,
+    keep_OI: Tensor,
+    stats: Stats,
+    within: int | None,
+    settings: Settings | None = None,
+) -> Tensor:
     """Return a new keep_OI whose pruned weights move no row's mean output more than before.
 
     Every row keeps as many weights as before; with `within`, so does every group of that many

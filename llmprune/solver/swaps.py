@@ -36,7 +36,13 @@ _CHUNK = {"cpu": 2**22}  # values of the rows that are worked on at a time
 _LARGE_CHUNK = 2**26  # other devices have more to keep busy
 
 
-def swap(weight_OI: Tensor, keep_OI: Tensor, stats: Stats, within: int | None) -> Tensor:
+def swap(
+    weight_OI: Tensor,
+    keep_OI: Tensor,
+    stats: Stats,
+    within: int | None,
+    settings: Settings | None = None,
+) -> Tensor:
     """Return a new keep_OI whose error is lower or the same in every row, where nothing is updated.
 
     Every row keeps as many weights as before, and so does every group of `within` consecutive
@@ -51,19 +57,27 @@ def swap(weight_OI: Tensor, keep_OI: Tensor, stats: Stats, within: int | None) -
     return _by_rows(_swapped, weight_OI, keep_OI, stats["gram"], within)
 
 
-def swap_updated(weight_OI: Tensor, keep_OI: Tensor, stats: Stats, within: int | None) -> Tensor:
+def swap_updated(
+    weight_OI: Tensor,
+    keep_OI: Tensor,
+    stats: Stats,
+    within: int | None,
+    settings: Settings | None = None,
+) -> Tensor:
     """Return a new keep_OI whose error, once least squares updated what stays, is not higher.
 
     Sweeps of exchanges and steps of the update take turns. Counts, zeros and rows that are not
-    finite are as in `swap`. The Gram matrix is damped as by default. Reads `gram`, (I, I).
+    finite are as in `swap`. The Gram matrix is damped as `settings` say. Reads `gram`, (I, I).
 
     >>> gram = torch.tensor([[1.0, 0.9], [0.9, 2.0]])
     >>> stats = Stats(num_tokens=2, values={"gram": gram})
     >>> swap_updated(torch.tensor([[2.0, 1.0]]), torch.tensor([[False, True]]), stats, None)
     tensor([[ True, False]])
     """
-    damped_II = stats["gram"].clone()
-    damped_II.diagonal().add_(Settings().damping * damped_II.diagonal().mean())
+    settings, damped_II = settings or Settings(), stats["gram"].clone()
+    diagonal_I = damped_II.diagonal()
+    added_I = diagonal_I.mean() if settings.damp == "mean" else diagonal_I.clone()
+    diagonal_I.add_(settings.damping * added_I)
     return _by_rows(_swapped_updated, weight_OI, keep_OI, damped_II, within)
 
 

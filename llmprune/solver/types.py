@@ -91,10 +91,10 @@ class Solver:
 class Refinement:
     """One row of the table of refinements, which exchange kept and pruned weights of a fixed mask.
 
-    `fn(weight_OI, keep_OI, stats, within)` returns a new keep_OI with as many kept in every row,
-    and, where `within` is a number M, in every M consecutive columns of it.
+    `fn(weight_OI, keep_OI, stats, within, settings)` returns a new keep_OI with as many kept in
+    every row, and, where `within` is a number M, in every M consecutive columns of it.
     """
 
-    fn: Callable[[Tensor, Tensor, Stats, int | None], Tensor]
+    fn: Callable[[Tensor, Tensor, Stats, int | None, Settings | None], Tensor]
     needs: tuple[str, ...]
     paper: str

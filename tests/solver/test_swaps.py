@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from llmprune.mask.pattern import NofM, Unstructured, choose_keep
 from llmprune.solver import REFINEMENTS, swaps
+from llmprune.solver.types import Settings
 from llmprune.stats.types import Stats
 from tests.reference.masks import lost_error, solved_error, swapped_once
 
@@ -206,3 +208,19 @@ def test_the_table_reaches_both() -> None:
     assert REFINEMENTS["swaps"].fn is swaps.swap
     assert REFINEMENTS["swaps-updated"].fn is swaps.swap_updated
     assert REFINEMENTS["swaps"].needs == REFINEMENTS["swaps-updated"].needs == ("gram",)
+
+
+@pytest.mark.parametrize("damp", ["mean", "diag"])
+def test_damping_is_the_one_asked_for(damp: Literal["mean", "diag"]) -> None:
+    """Damping is the same as a Gram matrix that has it already, and another one than none."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    gram, weight = x.T @ x, torch.randn(16, 24, generator=generator)
+    keep = weight.abs() > weight.abs().median()
+    added = gram.diagonal().mean() if damp == "mean" else gram.diagonal()
+    damped = gram + torch.diag_embed(0.5 * added.expand(24))
+    ours, theirs, none = (
+        swaps.swap_updated(weight, keep, stats(of), None, Settings(damping=by, damp=damp))
+        for of, by in ((gram, 0.5), (damped, 1e-9), (gram, 1e-9))
+    )
+    assert torch.equal(ours, theirs) and not torch.equal(ours, none)
