@@ -17,6 +17,7 @@ from llmprune.allocation.fitting import fitted, option
 from llmprune.allocation.types import Request
 from llmprune.base.errors import RecipeError
 from llmprune.mask.pieces import PIECE
+from llmprune.stats.precision import wide_sum
 from llmprune.stats.types import Stats
 
 _NEARLY = 1e-9  # 5 * (1 - 4/5) is a little below 1 in floats
@@ -49,8 +50,8 @@ def pq_index(
     in_p = in_q = 0.0
     for part in weight_OI.detach().split(max(1, PIECE // max(1, weight_OI.shape[1]))):
         size = part.to(torch.float32).abs().div(top)  # powers of it neither overflow nor vanish
-        in_p += float(size.pow(p).sum(dtype=torch.float64))
-        in_q += float(size.pow(q).sum(dtype=torch.float64))
+        in_p += float(wide_sum(size.pow(p)))
+        in_q += float(wide_sum(size.pow(q)))
     index = 1 - math.exp(math.log(num) * (1 / q - 1 / p) + math.log(in_p) / p - math.log(in_q) / q)
     return torch.tensor([max(0.0, index), num], dtype=torch.float64)
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmprune.stats.precision import float32_products
+from llmprune.stats.precision import float32_products, wide_sum
 from llmprune.stats.types import Stats
 
 LEVELS = np.linspace(0.0, 1.0, 21)
@@ -84,5 +84,5 @@ def _errors(weight_RI: Tensor, gram_II: Tensor) -> Tensor:
     with float32_products(weight_RI.device):
         for level in LEVELS.tolist():
             lost_RI = weight_RI.masked_fill(rank_RI >= round(level * num), 0.0)
-            errors.append((lost_RI @ gram_II).mul_(lost_RI).sum(dtype=torch.float64))
+            errors.append(wide_sum((lost_RI @ gram_II).mul_(lost_RI)))
     return torch.stack(errors).cpu()

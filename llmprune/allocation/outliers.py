@@ -17,6 +17,7 @@ from torch import Tensor
 from llmprune.allocation.fitting import fitted, means_by_block, option, scaled
 from llmprune.allocation.types import Evidence, Request
 from llmprune.mask.pieces import PIECE
+from llmprune.stats.precision import wide_sum
 
 
 def outlier_share(block: Mapping[str, Evidence], *, outliers: float) -> dict[str, Tensor]:
@@ -36,7 +37,7 @@ def outlier_share(block: Mapping[str, Evidence], *, outliers: float) -> dict[str
     num = sum(evidence.weight_OI.numel() for evidence in seen)
     if not num:
         return {name: torch.full((1,), torch.nan, dtype=torch.float64) for name in block}
-    total = sum(float(part.sum(dtype=torch.float64)) for each in seen for part in _scores(each))
+    total = sum(float(wide_sum(part)) for each in seen for part in _scores(each))
     limit = outliers * total / num
     above = sum(int((part > limit).sum()) for each in seen for part in _scores(each))
     return {name: torch.tensor([above / num], dtype=torch.float64) for name in block}

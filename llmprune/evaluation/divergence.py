@@ -47,8 +47,8 @@ def distances(
             other_BtV = _log_probs(blocks, other_BTD[..., start:stop, :])
             said_Bt = other_BtV.gather(-1, targets_Bt[..., None])[..., 0]
             apart_Bt = (dense_BtV.exp() * (dense_BtV - other_BtV)).sum(dim=-1)
-            found[place].kl_B.add_(apart_Bt.double().sum(dim=1).cpu())
-            found[place].loss_B.sub_(said_Bt.double().sum(dim=1).cpu())
+            found[place].kl_B.add_(apart_Bt.cpu().double().sum(dim=1))
+            found[place].loss_B.sub_(said_Bt.cpu().double().sum(dim=1))
     return found
 
 

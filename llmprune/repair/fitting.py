@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune.calibration.replay import call
+from llmprune.stats.precision import wide_sum
 from llmprune.walk.backward import differentiable
 from llmprune.walk.block import Block
 
@@ -139,14 +140,14 @@ def fit(block: Block, keep: Mapping[str, Tensor], goal: Goal, pace: Pace) -> Fit
 
 def error_of(block: Block, goal: Goal, batches: Collection[int]) -> float:
     """Return the root mean square relative error of the tokens of some micro-batches."""
-    total, tokens = torch.zeros((), dtype=torch.float64, device=block.device), 0
+    total, tokens = 0.0, 0
     with torch.no_grad():
         for batch in batches:
             _, difference, weight = goal.difference(block, batch)
             each = difference.square().mean(dim=-1, keepdim=True) * weight
-            total += each.sum(dtype=torch.float64)
+            total += float(wide_sum(each))
             tokens += each.numel()
-    return math.sqrt(float(total) / max(1, tokens))
+    return math.sqrt(total / max(1, tokens))
 
 
 @contextmanager
@@ -230,7 +231,7 @@ def _orders(train: range, group: int, seed: int) -> Iterator[list[int]]:
 def _spread(master: Tensor, kept: Tensor) -> float:
     """Return the root mean square of the weights that may change."""
     number = int(kept.count_nonzero())
-    total = float((master * kept).square().sum(dtype=torch.float64))
+    total = float(wide_sum((master * kept).square()))
     return math.sqrt(total / number) if number else 0.0
 
 

@@ -19,6 +19,7 @@ from llmprune.calibration.replay import call
 from llmprune.repair.fitting import split
 from llmprune.repair.types import Repair, Work
 from llmprune.solver.types import Fact
+from llmprune.stats.precision import wide_sum
 from llmprune.walk.backward import differentiable
 from llmprune.walk.block import Block
 from llmprune.walk.forward import Stream
@@ -164,8 +165,8 @@ def _error(work: Work, batches: Collection[int]) -> float:
             arguments = work.stream.arguments[batch][work.block.index]
             target = work.seen.target(batch, work.block)
             output = call(work.block.module, hidden_BTD, arguments).float()
-            off += float((output - target).square().sum(dtype=torch.float64))
-            size += float(target.square().sum(dtype=torch.float64))
+            off += float(wide_sum((output - target).square()))
+            size += float(wide_sum(target.square()))
     return math.sqrt(off / size) if size else 0.0
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -28,3 +29,14 @@ def float32_products(device: torch.device, *, tf32: bool = False) -> Iterator[No
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def wide_sum(values: Tensor) -> Tensor:
+    """Return the sum of all values in float64, (): on their device, or on the host for MPS, which
+    has no such numbers.
+
+    >>> wide_sum(torch.full((3,), 0.5))
+    tensor(1.5000, dtype=torch.float64)
+    """
+    held = values.cpu() if values.device.type == "mps" else values
+    return held.sum(dtype=torch.float64)
