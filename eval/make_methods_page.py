@@ -210,8 +210,9 @@ def results(path: Path = RESULTS) -> str:
         for (method, settings), line in cells.items()
     ]
     text = (
-        "Perplexity of the demo on its evaluation text, lower is better; where they are known, the "
-        "seconds of the run in brackets. Another model may order the methods otherwise. What was measured how: "
+        "Perplexity of the demo on its evaluation text, lower is better; where they are known, "
+        "the seconds of the run in brackets. Another model may order the methods otherwise. What "
+        "was measured how: "
         "[eval/results/README.md](../eval/results/README.md)."
     )
     return f"## Results\n\n{filled(text)}\n\n{table(('method', 'set', *amounts), rows)}"
