@@ -277,4 +277,12 @@ def _check_pattern(step: PruneStep, method: Method) -> None:
 
 def _plain(method: Method) -> str:
     """Return what else to type where the allocation comes with the method."""
-    return ", or --method magnitude" if method.allocation != "uniform" else ""
+    plain = next(
+        (
+            row
+            for row in METHODS.values()
+            if (row.score, row.allocation) == (method.score, "uniform")
+        ),
+        method,
+    )
+    return f", or --method {plain.name}" if plain is not method else ""

@@ -184,7 +184,7 @@ class PruneStep(_Part):
         if sparsity is not None:
             return sparsity
         counts = _n_of_m(info.data.get("pattern", "1:2"))  # an illegal pattern is reported itself
-        if counts is None and info.data.get("target"):
+        if counts is None and info.data.get("target", True):  # a wrong one is reported itself
             return MOST
         if counts is None:
             raise ValueError(

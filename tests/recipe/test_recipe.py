@@ -262,3 +262,10 @@ def test_memory_limits_are_sizes() -> None:
     assert good.max_memory == {"0": "8GB", "cpu": 1000}
     with pytest.raises(RecipeError, match=r"max_memory: '3X' for 'cpu' is no size"):
         build(wish(sparsity=0.5) | {"max_memory": {"cpu": "3X"}})
+
+
+def test_a_wrong_target_is_the_only_mistake_told() -> None:
+    wrong = {"model": "org/name", "steps": [{"prune": {"target": {"ppl": "much"}}}]}
+    with pytest.raises(RecipeError, match="is no target") as caught:
+        build(wrong)
+    assert "missing" not in str(caught.value)
