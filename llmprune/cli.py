@@ -223,6 +223,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "methods": commands.methods,
     "gate": commands.gate,
     "eval": commands.evaluate,
+    "export": commands.export,
+    "bench": commands.bench,
     "show": commands.show,
     "push": commands.push,
 }

@@ -207,6 +207,82 @@ def evaluate(
         api.store_measurement(model, scores)
 
 
+def bench(
+    model: Annotated[str, typer.Argument(help="A folder, a Hub id, or demo.")],
+    against: Annotated[
+        str | None, Option(help="Another, usually the dense model, measured in turn with it.")
+    ] = None,
+    batch: Annotated[str, Option(help="Sequences at once: one number or more.")] = "1",
+    prompt: Annotated[int, Option(help="Tokens read at once.")] = 128,
+    new: Annotated[int, Option(help="Tokens decoded one by one after it.")] = 64,
+    repeat: Annotated[int, Option(help="Repetitions, after one that warms up.")] = 5,
+    device: Annotated[str, Option(help="cuda, mps or cpu.")] = "auto",
+    dtype: Annotated[
+        str, Option(help="auto (as it is stored), float32, bfloat16, float16.")
+    ] = "auto",
+    trust_remote_code: Annotated[bool, Option("--trust-remote-code")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure tokens per second, time to the first token, and memory.
+
+    Each model runs in a process of its own, in memory as transformers loads it. Zeros alone make
+    nothing faster there; smaller tensors may.
+    """
+    from llmprune.base.progress import Progress
+    from llmprune.evaluation import speed
+
+    found = speed.bench(
+        model,
+        against,
+        batch=_numbers("batch", batch),
+        prompt=prompt,
+        new=new,
+        repeat=repeat,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        progress=Progress("quiet" if as_json else "rich"),
+    )
+    print(json.dumps(found.to_dict()) if as_json else found)
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A folder, a Hub id, or demo.")],
+    to: Annotated[
+        str,
+        Option(help="gguf: one file for llama.cpp. packed: a masked result without its zeros."),
+    ],
+    out: Annotated[
+        Path | None, Option(help="What to write. [default: NAME.gguf or NAME-packed, here]")
+    ] = None,
+    revision: Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write a checkpoint in another format, and read it back to prove it.
+
+    Tensors keep the dtype they are stored in. Llama, Mistral, Qwen2 and Qwen3 become GGUF; masked
+    results of every family become packed folders, which llmprune.delivery.packed_model loads.
+    """
+    name = Path(model).expanduser().resolve().name
+    if to == "packed":
+        from llmprune.delivery.packed_model import pack_model
+
+        packed = pack_model(
+            Path(model).expanduser(), out or Path(f"{name}-packed"), overwrite=overwrite
+        )
+        print(json.dumps(packed.to_dict()) if as_json else f"{packed.folder}: {packed.text()}")
+        return
+    if to != "gguf":
+        raise RecipeError(f"to: {to!r} is no format to export to. Type --to gguf or --to packed.")
+    from llmprune.delivery.gguf_file import export_gguf
+
+    found = export_gguf(model, out or Path(f"{name}.gguf"), revision=revision, overwrite=overwrite)
+    print(json.dumps(found.to_dict()) if as_json else found.text())
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def show(
     folder: Folder,
     sites: Annotated[bool, Option("--sites", help="Every site.")] = False,
@@ -271,6 +347,20 @@ def push(
 def _bos(policy: str) -> bool | str:
     """Return the policy that a word names; what is none is left to be refused."""
     return {"true": True, "false": False}.get(policy.lower(), policy)
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    """Return the whole numbers of `1,4`.
+
+    Raises:
+        RecipeError: it is not of this form.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(
+            f"{flag}: {text!r} is not a list of whole numbers. Type --{flag} 1,4."
+        ) from None
 
 
 def _dtype(name: str) -> str:

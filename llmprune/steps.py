@@ -12,35 +12,46 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune.arch.limits import longest_sequence
-from llmprune.base.errors import LlmpruneError, RecipeError, TooLarge
+from llmprune.base.errors import LlmpruneError, RecipeError, TooLarge, WontLoad
 from llmprune.base.memory import map_large_pieces
 from llmprune.base.progress import Progress
 from llmprune.calibration.heldout import evaluation_text
 from llmprune.calibration.mix import Windows, window_record
 from llmprune.calibration.selection import evaluation_data
 from llmprune.checkpoint.sink import write_json
+from llmprune.checkpoint.skeleton import Skeleton
 from llmprune.checkpoint.source import check_free_space, open_folder, read_json
 from llmprune.delivery.gate import clean_scratch, pass_gate
+from llmprune.delivery.manifest import MANIFEST
 from llmprune.engine.calibrating import calibration_windows, leaked_share, run_text
 from llmprune.engine.cutting import cut
 from llmprune.engine.folder import (
     FolderKeeper,
     complete,
+    manifest,
     open_target,
     prior_masks,
     what_fixes,
 )
 from llmprune.engine.gradients import check_backward
-from llmprune.engine.opening import Opened, anatomies_of, check_walk, read_tokenizer
+from llmprune.engine.masked import masked_logits
+from llmprune.engine.opening import (
+    Opened,
+    anatomies_of,
+    check_walk,
+    read_tokenizer,
+    with_shipment,
+)
 from llmprune.engine.plan import Plan, make_plan
 from llmprune.engine.records import OBEYED, OWN, Records, check_out, check_same_run
+from llmprune.engine.shipping import as_it_is, ship
 from llmprune.engine.solving import Outcome
 from llmprune.engine.survey import Surroundings, before_the_cut
 from llmprune.engine.target import reached
 from llmprune.evaluation.perplexity import Question, loss_of_blocks, pose
 from llmprune.report.run import Report, report_data
 from llmprune.walk.forward import Stream, embed
-from llmprune.walk.resident import in_memory
+from llmprune.walk.resident import Resident, in_memory
 from llmprune.walk.rewriting import Rewriting
 
 if TYPE_CHECKING:
@@ -155,16 +166,17 @@ def _carry_out(
     plan = opened.plan
     seconds: dict[str, float] = {}
     torch.set_num_threads(int(fixed["threads"]))
-    blocks = open_target(opened, records.partial)
     clean_scratch(records.partial)
 
     def fresh(tokens_NT: Tensor, name: str = "hidden") -> Stream:
         place = fixed["place"]
         folder = records.own / name if place == "disk" else None
-        return embed(blocks, tokens_NT, int(fixed["micro_batch"]), place=place, folder=folder)
+        return embed(
+            opened.blocks, tokens_NT, int(fixed["micro_batch"]), place=place, folder=folder
+        )
 
     around = Surroundings(
-        blocks=blocks,
+        blocks=opened.blocks,
         progress=progress,
         tokens_NT=tokens,
         embed=fresh,
@@ -178,6 +190,8 @@ def _carry_out(
             question_NT=None if question is None else question.windows.inputs_NT,
             record=records.own / "allocation.json",
         )
+    plan = with_shipment(opened, plan)
+    blocks = open_target(opened, plan, records.partial)
     with _stage(seconds, "embed"):
         flow = fresh(tokens) if tokens is not None and plan.parts.cut_tokens else None
         dense = fresh(tokens, "dense") if tokens is not None and plan.parts.dense else None
@@ -193,7 +207,8 @@ def _carry_out(
         if each is not None:
             each.hidden.close()
     with _stage(seconds, "finish"):
-        files = complete(opened, blocks, records, rows)
+        files = complete(opened, plan, blocks, records, rows)
+    code = plan.shipment.code if plan.shipment else ()
     with _stage(seconds, "gate"), progress.stage("gate", 1) as stage:
         verdict = pass_gate(
             records.partial,
@@ -201,9 +216,13 @@ def _carry_out(
             dtype=plan.dtype,
             source=opened.source,
             attention=None if plan.recipe.attention == "auto" else plan.recipe.attention,
-            trust_remote_code=plan.recipe.trust_remote_code,
+            trust_remote_code=plan.recipe.trust_remote_code or bool(code),
+            masked=masked_logits(plan, blocks, records.own),
+            own_code=bool(code),
         )
         stage.advance("loads in a fresh process")
+    if blocks.result.skeleton is not opened.blocks.skeleton:
+        write_json(records.partial / MANIFEST, manifest(opened, plan, fixed))
     quality = None
     if question is not None:
         with _stage(seconds, "evaluate"):
@@ -269,7 +288,7 @@ def run_resident(
             stored=model.dtype,
             may_evaluate=False,
         )
-        if plan.prune.target:
+        if plan.searches:
             raise RecipeError(
                 "prune.target: perplexity is a checkpoint's here. Give the folder of the model "
                 "instead of the model in memory, or a --sparsity."
@@ -295,16 +314,48 @@ def run_resident(
         around = Surroundings(blocks=blocks, progress=progress, tokens_NT=tokens, embed=fresh)
         with _stage(seconds, "survey") if plan.surveys else nullcontext():
             plan, gradients = before_the_cut(plan, around)
+        plan = _shipped_in_memory(plan, blocks)
+        blocks = _without_blocks(plan, blocks)
         flow = fresh(tokens) if tokens is not None and plan.parts.cut_tokens else None
         dense = fresh(tokens) if tokens is not None and plan.parts.dense else None
         keeper = MemoryKeeper()
         with _stage(seconds, "cut"):
             rows, _ = cut(plan, blocks, flow, keeper, progress, gradients=gradients, dense=dense)
-    for key, value in plan.config_changes.items():
-        setattr(model.config, key, value)
+        blocks.drop_blocks()
+    assert plan.shipment is not None
+    for key, value in plan.shipment.config.items():
+        if plan.shipment.before.get(key) != value:
+            setattr(model.config, key, value)
     data = report_data(plan, rows, fixed={}, seconds=seconds, progress=progress)
     data["calibration"] = calibration
     return Report(data, masks=keeper.masks)
+
+
+def _shipped_in_memory(plan: Plan, blocks: Resident) -> Plan:
+    """Return the plan with the config that a model in memory gets.
+
+    Raises:
+        WontLoad: its own class cannot hold what would be left.
+    """
+    skeleton = Skeleton(model=blocks.model, family=blocks.family)
+    config = blocks.model.config.to_dict()
+    if plan.form == "masked":
+        return replace(plan, shipment=as_it_is(skeleton, config, len(blocks)))
+    anatomies = [blocks.anatomy(index) for index in range(len(blocks))]
+    shipment = ship(plan, skeleton, config, anatomies, dtype=blocks.model.dtype)
+    if shipment.tier != "E0":
+        raise WontLoad(
+            f"a model in memory keeps its class, which holds equal blocks only (tier E0), and this "
+            f"would be {shipment.tier}: {dict(shipment.reasons).get('E0', 'blocks differ')}. Give "
+            "the model's folder instead, or --set prune.tier=E0 or prune.form=masked."
+        )
+    return replace(plan, shipment=shipment)
+
+
+def _without_blocks(plan: Plan, blocks: Resident) -> Resident:
+    """Return the model's blocks, with those that go passed over."""
+    assert plan.shipment is not None
+    return replace(blocks, gone=frozenset(range(len(blocks))) - plan.shipment.places.keys())
 
 
 class MemoryKeeper:

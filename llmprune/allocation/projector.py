@@ -67,8 +67,9 @@ def project(
     *,
     budget: Fraction | int,
     ties: Sequence[Sequence[str]] = (),
-    multiple: int | None = None,
+    multiple: int | Mapping[str, int] | None = None,
     exact: bool = False,
+    what: str = "",
     at_least: Limits | None = None,
     at_most: Limits | None = None,
 ) -> dict[str, int]:
@@ -85,7 +86,8 @@ def project(
         costs: what one unit of the site costs, in parameters.
         budget: what to remove, a Fraction of the total cost or an int of cost.
         ties: groups of sites with equal units that must keep equal widths.
-        multiple: kept widths are multiples of it.
+        multiple: kept widths are multiples of it; a mapping says it by site.
+        what: the kind of unit, for errors.
         exact: roundings of many sites may not add up to more than the last unit.
         at_least: shares that sites lose at least, rounded down to a legal count.
         at_most: shares that sites lose at most, rounded up to a whole unit.
@@ -98,10 +100,11 @@ def project(
     >>> project({"a": half, "b": half}, {"a": 7, "b": 8}, {"a": 1, "b": 1}, budget=half)
     {'a': 4, 'b': 4}
     """
-    groups = _groups(shares, units, costs, ties, multiple or 1, at_least or {}, at_most or {})
+    grids = multiple if isinstance(multiple, Mapping) else dict.fromkeys(units, multiple or 1)
+    groups = _groups(shares, units, costs, ties, grids, at_least or {}, at_most or {})
     total = sum(group.units * group.cost for group in groups)
     asked = Fraction(budget) if isinstance(budget, int) else budget * total
-    _check_reachable(groups, asked, total, multiple, limited=bool(at_least or at_most))
+    _check_reachable(groups, asked, total, what, limited=bool(at_least or at_most))
     counts = [group.nearest(Fraction(0)) for group in groups]
     off = abs(_removed(groups, counts) - asked)
     plain = not ties and multiple is None
@@ -124,7 +127,7 @@ def _groups(
     units: Mapping[str, int],
     costs: Mapping[str, int],
     ties: Sequence[Sequence[str]],
-    multiple: int,
+    grids: Mapping[str, int],
     at_least: Limits,
     at_most: Limits,
 ) -> list[_Group]:
@@ -144,6 +147,7 @@ def _groups(
             max(at_least.get(site, Fraction(0)) for site in sites),
             min(at_most.get(site, Fraction(1)) for site in sites),
         )
+        multiple = max(grids[site] for site in sites)
         groups.append(
             _Group(tuple(sites), share, num, cost, multiple, *_legal(num, multiple, *limits))
         )
@@ -162,18 +166,20 @@ def _legal(units: int, multiple: int, low: Fraction, high: Fraction) -> tuple[in
 
 
 def _check_reachable(
-    groups: Sequence[_Group], asked: Fraction, total: int, multiple: int | None, limited: bool
+    groups: Sequence[_Group], asked: Fraction, total: int, what: str, limited: bool
 ) -> None:
     """Raise where the budget is more, or less, than can be removed."""
     most = sum(group.most * group.cost for group in groups)
     least = sum(group.least * group.cost for group in groups)
     if asked > most:
-        stays = "one unit" if multiple is None else f"a width of {multiple}"
-        lower = "" if multiple is None else " or `multiple`"
+        multiple = max(group.multiple for group in groups)
+        stays = "one unit" if multiple == 1 else f"a width of {multiple}"
+        lower = "" if multiple == 1 else " or `multiple`"
+        of = f"of {what} " if what else ""
         limits = ", or what its limit leaves" if limited else ""
         raise RecipeError(
             f"sparsity: {float(asked / total):.6g} cannot be removed. At most "
-            f"{most / total:.6g} can, because every site keeps at least {stays}{limits}; lower "
+            f"{most / total:.6g} can, because every site {of}keeps at least {stays}{limits}; lower "
             f"`sparsity`{lower}."
         )
     if least and asked < least:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -33,20 +34,31 @@ class Measured(NamedTuple):
     """What a probe says of a candidate, per sequence: means over its tokens, float64 (S,), host.
 
     `kl_S` is the divergence KL(dense || candidate) of the next-token distributions in nats,
-    `loss_S` the negative log-likelihood of the text in nats.
+    `loss_S` the negative log-likelihood of the text in nats, `others` the distances that the
+    allocation names besides (`evaluation.divergence` defines them).
     """
 
     kl_S: Tensor
     loss_S: Tensor
+    others: Mapping[str, Tensor] = MappingProxyType({})
 
     @property
     def kl(self) -> float:
         """Return the mean divergence over all sequences."""
         return float(self.kl_S.mean())
 
+    def distance(self, name: str) -> float:
+        """Return the mean of a distance over all sequences: "kl", "loss" or one of `others`."""
+        known = {"kl": self.kl_S, "loss": self.loss_S, **self.others}
+        return float(known[name].mean())
+
 
 Probe = Callable[[Sequence[Candidate]], Sequence[Measured]]
 """One walk over the checkpoint answers all candidates of a round, in order."""
+
+
+Remeasure = Callable[[Mapping[str, Fraction]], Mapping[int, Tensor]]
+"""What gives the statistic `residual` of every block once sites have lost some shares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +66,15 @@ class Request:
     """What an allocation is asked: the sites, the share to remove of them all, and what is known.
 
     `named` are the shares that the recipe gives single sites, `profiles` what a survey learnt,
-    `options` the row's numbers (the recipe's, else their defaults); `seed` is the run's.
+    `options` the row's numbers (the recipe's, else their defaults); `seed` is the run's. `ties` are
+    sites that must lose equally many units, `multiple` what kept widths of channels must be
+    multiples of, as far as the form of the result demands either. Into `facts` an allocation writes
+    numbers that a report should show. `remeasure` walks the model without some shares of its units
+    and returns the statistic `residual` of every block.
+
+    Of units, `target` is of all weights of `sites`, those that two sites share counted twice; a
+    site of one unit goes whole or stays. Where a half of a block, or a block, goes whole, the sites
+    that it covers lose nothing of their own, so that what sites lose adds up.
     """
 
     sites: Sequence[Site]
@@ -64,6 +84,10 @@ class Request:
     options: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     probe: Probe | None = None
+    multiple: int | None = None
+    ties: tuple[tuple[str, ...], ...] = ()
+    facts: dict[str, float] = field(default_factory=dict)
+    remeasure: Remeasure | None = None
 
 
 class Evidence(NamedTuple):
@@ -83,7 +107,10 @@ class Profile:
     none. Without `ranked` its answer, a small tensor, becomes the linear's profile.
 
     At the level of a block, fn takes all of its linears together, `{site: Evidence}`, and returns
-    `{site: Tensor}`. The numbers that a row's `options` name are given to fn as keywords.
+    `{site: Tensor}`. At the level of a site it takes the scores that the method gives the site's
+    units, unit_score_U, and returns as many numbers. At that of the residual the profile is how far
+    the site's block moves what passes through it, the statistic `residual`. The numbers that a row's `options` name are
+    given to fn as keywords.
 
     With `ranked` the answer is score_OI: new, float32, not below 0, higher = keep. All units of the
     model are then ranked together, tiles by their pooled score, and the profile is how many of the
@@ -95,7 +122,7 @@ class Profile:
 
     fn: Callable[..., Tensor] | Callable[..., Mapping[str, Tensor]]
     needs: tuple[str, ...] = ()
-    level: Literal["linear", "block"] = "linear"
+    level: Literal["linear", "block", "site", "residual"] = "linear"
     options: tuple[str, ...] = ()
     ranked: bool = False
     normalise: Callable[[Tensor], Tensor] | None = None
@@ -110,17 +137,22 @@ class Allocation:
     turns shares into counts. `needs` names what the fn reads: with "profile" there is a `profile`,
     and the plan derives a survey; with "probe" `rounds(num_sites, options)` says how many
     candidates each round of probing has, at most, and a round is a walk over the checkpoint.
-    `options` are numbers that a recipe may set, with their defaults. `min_keep` is the share of
-    each site that a ranking leaves, unless the recipe says otherwise. A `judged` allocation is used
-    only where its divergence from the dense model, on text it has not seen, is below that of equal
-    shares.
+    `rounds_for(request)` says the same where the target decides how many there are; no probe is
+    called. `distances` are those that answers need besides KL. With `units` it decides about whole
+    units, from channels to blocks, not about weights. `options` are numbers that a recipe may set,
+    with their defaults. `min_keep` is the share of each site that a ranking leaves, unless the
+    recipe says otherwise. A `judged` allocation is used only where its divergence from the dense
+    model, on text it has not seen, is below that of equal shares.
     """
 
     fn: Callable[[Request], dict[str, Fraction]]
-    needs: tuple[Literal["profile", "probe"], ...]
+    needs: tuple[Literal["profile", "probe", "remeasure"], ...]
     paper: str
     profile: Profile | None = None
     rounds: Callable[[int, Mapping[str, float]], Sequence[int]] | None = None
+    rounds_for: Callable[[Request], Sequence[int]] | None = None
+    distances: tuple[str, ...] = ()
+    units: bool = False
     options: Mapping[str, float] = field(default_factory=dict)
     min_keep: Fraction = Fraction(0)
     judged: bool = False

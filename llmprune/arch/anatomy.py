@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from llmprune.arch.couplings import couplings_of
 from llmprune.arch.types import Coupling, Family, Linear, Tap, Unfuse
 from llmprune.base.errors import UnsupportedModel
 
@@ -17,11 +18,23 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """What one block holds: its linears by name, its taps, and the couplings that apply."""
+    """What one block holds: its linears by name, its taps, and the couplings that apply.
+
+    `lacks` says why it has not the units of some couplings.
+    """
 
     linears: Mapping[str, Linear]
     taps: tuple[Tap, ...]
     couplings: tuple[Coupling, ...]
+    lacks: Mapping[str, str] = field(default_factory=dict)
+
+    def coupling(self, name: str) -> Coupling | None:
+        """Return the coupling of a kind of unit, if the block has such units."""
+        return next((row for row in self.couplings if row.name == name), None)
+
+    def tap_of(self, linear: str) -> Tap:
+        """Return the tap that a linear reads."""
+        return next(tap for tap in self.taps if linear in tap.readers)
 
 
 def anatomy_of(family: Family, shapes: Shapes) -> Anatomy:
@@ -51,13 +64,9 @@ def anatomy_of(family: Family, shapes: Shapes) -> Anatomy:
             f"(it has {', '.join(sorted(linears)) or 'none'}); the checkpoint's architecture "
             "differs from the row in llmprune/arch/table.py: add a row that names its taps."
         )
-    return Anatomy(
-        linears={name: linear for name, linear in linears.items() if name in read},
-        taps=taps,
-        couplings=tuple(
-            row for row in family.couplings if all(span.linear in read for span in row.spans)
-        ),
-    )
+    linears = {name: linear for name, linear in linears.items() if name in read}
+    couplings, lacks = couplings_of(family, linears, shapes)
+    return Anatomy(linears=linears, taps=taps, couplings=couplings, lacks=lacks)
 
 
 def split_index(name: str) -> tuple[str, int | None]:

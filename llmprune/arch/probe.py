@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.arch.anatomy import EXPERT, is_router
+from llmprune.arch.couplings import heads_of
 from llmprune.arch.miniature import SEQ_LEN, miniature_model
 from llmprune.arch.products import Products, slices
-from llmprune.arch.table import row_of
+from llmprune.arch.table import GATED_FFN, HEADS, row_of
 from llmprune.arch.types import Family, Tap, Unfuse
 from llmprune.base.errors import UnsupportedModel, first_line
 
@@ -48,10 +49,11 @@ def find_family(config: Any, *, trust_remote_code: bool = False) -> Family:
         UnsupportedModel: neither; says what was found.
     """
     if (row := row_of(config.model_type)) is not None:
-        return row
+        return replace(row, heads=heads_of(config))
     data = json.dumps(config.to_dict(), sort_keys=True, default=str)
     kind: Any = type(config)
-    return _probed(data, kind, trust_remote_code)
+    found = _probed(data, kind, trust_remote_code)
+    return replace(found, heads=heads_of(config), ffns=(GATED_FFN,), attentions=(HEADS,))
 
 
 @cache

@@ -6,7 +6,16 @@ that it holds. Where variants differ in who shares an input, linears have taps o
 
 from __future__ import annotations
 
-from llmprune.arch.types import Coupling, Family, Span, Tap, Unfuse
+from typing import Literal
+
+from llmprune.arch.types import Attention, Family, Ffn, Tap, Unfuse
+
+
+def fused(
+    linear: str, output: str, layout: Literal["stacked", "grouped"], **keys: str | None
+) -> Attention:
+    """Return an attention whose query, key and value are rows of one linear."""
+    return Attention(query=linear, key=linear, value=linear, output=output, layout=layout, **keys)
 
 
 def alone(*linears: str) -> tuple[Tap, ...]:
@@ -54,41 +63,18 @@ def gated_taps(path: str, name: str = "ffn") -> tuple[Tap, ...]:
     )
 
 
-def plain_ffn(config_key: str, wide: str, narrow: str, *, conv1d: bool = False) -> Coupling:
-    """Return the coupling of an FFN without gate: rows of one linear, columns of the next."""
-    sizes = (
-        ((wide, "nf"), (narrow, "nx"))
-        if conv1d
-        else ((wide, "out_features"), (narrow, "in_features"))
-    )
-    return Coupling(
-        name="ffn",
-        spans=(Span(linear=wide, axis="out"), Span(linear=narrow, axis="in")),
-        config_key=config_key,
-        module_sizes=sizes,
-    )
-
-
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION = (
     Tap(name="attn_in", readers=QKV),
     Tap(name="attn_out", readers=("self_attn.o_proj",)),
 )
 GATED = gated_taps("mlp")
-GATED_FFN = Coupling(
-    name="ffn",
-    spans=(
-        Span(linear="mlp.gate_proj", axis="out"),
-        Span(linear="mlp.up_proj", axis="out"),
-        Span(linear="mlp.down_proj", axis="in"),
-    ),
-    config_key="intermediate_size",
-    module_sizes=(
-        ("mlp", "intermediate_size"),
-        ("mlp.gate_proj", "out_features"),
-        ("mlp.up_proj", "out_features"),
-        ("mlp.down_proj", "in_features"),
-    ),
+GATED_FFN = Ffn(wide=("mlp.gate_proj", "mlp.up_proj"), narrow="mlp.down_proj")
+HEADS = Attention(
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
 )
 QUERY_KEY_VALUE = (
     "self_attention.query_key_value",
@@ -114,7 +100,8 @@ FAMILIES = (
         ),
         blocks="model.layers",
         taps=(*ATTENTION, *GATED),
-        couplings=(GATED_FFN,),
+        ffns=(GATED_FFN,),
+        attentions=(HEADS,),
     ),
     Family(
         model_types=("cohere", "cohere2"),
@@ -124,24 +111,38 @@ FAMILIES = (
             Tap(name="attn_out", readers=("self_attn.o_proj",)),
             Tap(name="ffn_out", readers=("mlp.down_proj",)),
         ),
-        couplings=(GATED_FFN,),
+        ffns=(GATED_FFN,),
+        attentions=(HEADS,),
     ),
     Family(
         model_types=("phi3",),
         blocks="model.layers",
         taps=alone("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+        ffns=(Ffn(wide=("mlp.gate_up_proj",), narrow="mlp.down_proj", parts=2),),
+        attentions=(fused("self_attn.qkv_proj", "self_attn.o_proj", "stacked"),),
     ),
     Family(
         model_types=("starcoder2",),
         blocks="model.layers",
         taps=(*ATTENTION, *alone("mlp.c_fc", "mlp.c_proj")),
-        couplings=(plain_ffn("intermediate_size", "mlp.c_fc", "mlp.c_proj"),),
+        ffns=(Ffn(wide=("mlp.c_fc",), narrow="mlp.c_proj"),),
+        attentions=(HEADS,),
     ),
     Family(
         model_types=("opt",),
         blocks="model.decoder.layers",
         taps=(Tap(name="attn_in", readers=QKV), *alone("self_attn.out_proj", "fc1", "fc2")),
-        couplings=(plain_ffn("ffn_dim", "fc1", "fc2"),),
+        ffns=(Ffn(wide=("fc1",), narrow="fc2", config_key="ffn_dim"),),
+        attentions=(
+            Attention(
+                query="self_attn.q_proj",
+                key="self_attn.k_proj",
+                value="self_attn.v_proj",
+                output="self_attn.out_proj",
+                groups_key=None,
+                dim_key=None,
+            ),
+        ),
     ),
     Family(
         model_types=("gpt2",),
@@ -150,7 +151,18 @@ FAMILIES = (
             Tap(name="attn_in", readers=("attn.c_attn.q", "attn.c_attn.k", "attn.c_attn.v")),
             *alone("attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
         ),
-        couplings=(plain_ffn("n_inner", "mlp.c_fc", "mlp.c_proj", conv1d=True),),
+        ffns=(Ffn(wide=("mlp.c_fc",), narrow="mlp.c_proj", config_key="n_inner"),),
+        attentions=(
+            Attention(
+                query="attn.c_attn.q",
+                key="attn.c_attn.k",
+                value="attn.c_attn.v",
+                output="attn.c_proj",
+                heads_key="n_head",
+                groups_key=None,
+                dim_key=None,
+            ),
+        ),
         unfuse=(
             Unfuse(
                 param="attn.c_attn.weight",
@@ -172,7 +184,18 @@ FAMILIES = (
             ),
             *alone("attn.out_proj", "mlp.fc_out"),
         ),
-        couplings=(plain_ffn("n_inner", "mlp.fc_in", "mlp.fc_out"),),
+        ffns=(Ffn(wide=("mlp.fc_in",), narrow="mlp.fc_out", config_key="n_inner"),),
+        attentions=(
+            Attention(
+                query="attn.q_proj",
+                key="attn.k_proj",
+                value="attn.v_proj",
+                output="attn.out_proj",
+                heads_key="n_head",
+                groups_key=None,
+                dim_key=None,
+            ),
+        ),
         returns=2,
     ),
     Family(
@@ -184,25 +207,63 @@ FAMILIES = (
             "mlp.dense_h_to_4h",
             "mlp.dense_4h_to_h",
         ),
-        couplings=(plain_ffn("intermediate_size", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),),
+        ffns=(Ffn(wide=("mlp.dense_h_to_4h",), narrow="mlp.dense_4h_to_h"),),
+        attentions=(
+            fused(
+                *("attention.query_key_value", "attention.dense", "grouped"),
+                groups_key=None,
+                dim_key=None,
+            ),
+        ),
     ),
     Family(
         model_types=("falcon",),
         blocks="transformer.h",
         taps=alone(*QUERY_KEY_VALUE),
-        couplings=(plain_ffn("ffn_hidden_size", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),),
+        ffns=(
+            Ffn(
+                wide=("mlp.dense_h_to_4h",),
+                narrow="mlp.dense_4h_to_h",
+                config_key="ffn_hidden_size",
+            ),
+        ),
+        attentions=(
+            fused(
+                *("self_attention.query_key_value", "self_attention.dense", "grouped"),
+                groups_key="num_kv_heads",
+                dim_key=None,
+            ),
+        ),
         returns=2,
     ),
     Family(
         model_types=("bloom",),
         blocks="transformer.h",
         taps=alone(*QUERY_KEY_VALUE),
+        ffns=(Ffn(wide=("mlp.dense_h_to_4h",), narrow="mlp.dense_4h_to_h", config_key=""),),
+        attentions=(
+            fused(
+                *("self_attention.query_key_value", "self_attention.dense", "grouped"),
+                heads_key="n_head",
+                groups_key=None,
+                dim_key=None,
+            ),
+        ),
         returns=2,
     ),
     Family(
         model_types=("mpt",),
         blocks="transformer.blocks",
         taps=alone("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj"),
+        ffns=(Ffn(wide=("ffn.up_proj",), narrow="ffn.down_proj", config_key=""),),
+        attentions=(
+            fused(
+                *("attn.Wqkv", "attn.out_proj", "stacked"),
+                heads_key="n_heads",
+                groups_key=None,
+                dim_key=None,
+            ),
+        ),
         returns=2,
     ),
     Family(
@@ -214,12 +275,15 @@ FAMILIES = (
             *gated_taps("mlp.shared_expert", "shared"),
             *expert_taps("mlp.experts"),
         ),
+        ffns=(GATED_FFN,),
+        attentions=(HEADS,),
         unfuse=stacked("mlp.experts"),
     ),
     Family(
         model_types=("gpt_oss",),
         blocks="model.layers",
         taps=(*ATTENTION, *expert_taps("mlp.experts")),
+        attentions=(HEADS,),
         unfuse=stacked("mlp.experts", transposed=True, interleaved=True),
     ),
     Family(
@@ -251,6 +315,13 @@ FAMILIES = (
             *gated_taps("feed_forward"),
             *expert_taps("feed_forward.experts"),
         ),
+        ffns=(
+            Ffn(
+                wide=("feed_forward.gate_proj", "feed_forward.up_proj"),
+                narrow="feed_forward.down_proj",
+            ),
+        ),
+        attentions=(HEADS,),
         unfuse=stacked("feed_forward.experts"),
     ),
     Family(

@@ -16,18 +16,26 @@ Axis = Literal["weight", "out", "in", "all"]
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """A part of one linear that a unit owns: single weights, or `width` rows or columns."""
+    """A part of one linear that units own: single weights, rows, columns, or all of it.
+
+    Of rows ("out") and columns ("in") unit u owns `width`, from `offset + u * width` on: several
+    spans may lie in one linear, as those of a fused query-key-value do. "all" belongs to one unit.
+    """
 
     linear: str
     axis: Axis
     width: int = 1
+    offset: int = 0
+    unit: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """Linears whose mask is decided together; `unit_cost` is in parameters per unit.
 
-    `shape` is that of the linear (O, I); none where several linears make one site.
+    `kind` says what a unit is: a weight (or tile) of one linear, whose `shape` is (O, I), or a unit
+    of the coupling of that name, whose site has no shape. Units compete within `num_groups` equal
+    groups, which lose equally many.
     """
 
     name: str
@@ -36,6 +44,8 @@ class Site:
     num_units: int
     unit_cost: int
     shape: tuple[int, int] | None = None
+    kind: str = "weight"
+    num_groups: int = 1
 
     @property
     def num_weights(self) -> int:
@@ -53,16 +63,77 @@ class Tap:
 
 @dataclass(frozen=True, kw_only=True)
 class Coupling:
-    """Rows and columns of several linears that move together when a unit is dropped.
+    """What of several linears moves together when a unit is dropped; one kind of unit of a block.
 
-    `config_key` is the entry of the config that counts the units, `module_sizes` the attributes of
-    modules (path relative to the block, attribute) that hold the same number.
+    Units compete within `num_groups` equal, consecutive groups, which lose equally many.
+    `config_keys` are the entries of the config that count units, with how many each unit counts,
+    and `pinned` those that must be said once a count changes, with their value. `module_sizes` are
+    attributes of modules (path relative to the block, attribute, count per unit) that hold such
+    counts, and `vectors` parameters without rows and columns that have entries per unit.
     """
 
     name: str
     spans: tuple[Span, ...]
-    config_key: str
-    module_sizes: tuple[tuple[str, str], ...] = ()
+    num_units: int
+    num_groups: int = 1
+    config_keys: tuple[tuple[str, int], ...] = ()
+    pinned: tuple[tuple[str, int], ...] = ()
+    vectors: tuple[tuple[str, int], ...] = ()
+    module_sizes: tuple[tuple[str, str, int], ...] = ()
+
+    @property
+    def reader(self) -> str | None:
+        """Return the linear that reads the units as columns, if there is one."""
+        return next((span.linear for span in self.spans if span.axis == "in"), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ffn:
+    """Where the channels of a family's feed-forward half lie.
+
+    Rows of each of `wide` (in `parts` equal parts, one after the other, where gate and up are
+    fused) write them, columns of `narrow` read them; `config_key` counts them.
+    """
+
+    wide: tuple[str, ...]
+    narrow: str
+    config_key: str = "intermediate_size"
+    parts: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Where the heads of a family's attention lie.
+
+    Query, key and value are linears of their own, or rows of a fused one: all of one after all of
+    another ("stacked"), or key/value group by group, the group's queries first ("grouped").
+    `heads_key` and `groups_key` count query heads and key/value heads in the config; without
+    `groups_key` every head has its own key and value. `dim_key` is the entry that keeps the size
+    of a head when their number changes.
+    """
+
+    query: str
+    key: str
+    value: str
+    output: str
+    layout: Literal["apart", "stacked", "grouped"] = "apart"
+    heads_key: str = "num_attention_heads"
+    groups_key: str | None = "num_key_value_heads"
+    dim_key: str | None = "head_dim"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """The heads of one model: query heads, key/value heads, values of a head."""
+
+    num_heads: int
+    num_groups: int
+    head_dim: int
+
+    @property
+    def per_group(self) -> int:
+        """Return the query heads that share one key/value head."""
+        return self.num_heads // self.num_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,19 +156,22 @@ class Unfuse:
 class Family:
     """One row of the family table, or what the probe found of a family that has none.
 
-    `blocks` is the path of the list of blocks. Taps and couplings of all kinds of block stand side
-    by side: a block has those whose linears it holds. `returns` is the length of the tuple that a
+    `blocks` is the path of the list of blocks. Taps and halves of all kinds of block stand side by
+    side: a block has those whose linears it holds. `returns` is the length of the tuple that a
     block's forward returns, hidden states first; 0 where it returns these alone. `seen` is set by
-    the probe: the parameters of the blocks it has looked at.
+    the probe: the parameters of the blocks it has looked at. `heads` are those of the model at
+    hand, from its config; a row of the table has none.
     """
 
     model_types: tuple[str, ...]
     blocks: str
     taps: tuple[Tap, ...]
-    couplings: tuple[Coupling, ...] = ()
+    ffns: tuple[Ffn, ...] = ()
+    attentions: tuple[Attention, ...] = ()
     unfuse: tuple[Unfuse, ...] = ()
     returns: int = 0
     seen: frozenset[str] | None = None
+    heads: Heads | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

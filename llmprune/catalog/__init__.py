@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from llmprune.base.registry import Registry
 from llmprune.catalog.baselines import BASELINES
+from llmprune.catalog.halves import DEEP
 from llmprune.catalog.gradients import GRADIENTS
+from llmprune.catalog.mixtures import MIXTURES
 from llmprune.catalog.second_order import SECOND_ORDER
 from llmprune.catalog.shares import SHARES
+from llmprune.catalog.structured import STRUCTURED
 from llmprune.catalog.types import Method
 
-METHODS: Registry[Method] = Registry("method", {**BASELINES, **SECOND_ORDER, **GRADIENTS, **SHARES})
+METHODS: Registry[Method] = Registry(
+    "method",
+    {
+        **BASELINES,
+        **SECOND_ORDER,
+        **GRADIENTS,
+        **SHARES,
+        **STRUCTURED,
+        **DEEP,
+        **MIXTURES,
+    },
+)
 
 __all__ = ["METHODS", "Method"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from llmprune.catalog.types import Method
-from llmprune.recipe.models import PATTERNS
+from llmprune.catalog.types import EXPERTS, WEIGHTS, WIDTHS, Method
+
+SCORED = (*WEIGHTS, *WIDTHS, EXPERTS[1])
 
 BASELINES = {
     "random": Method(
@@ -14,7 +15,7 @@ BASELINES = {
         solver="zero",
         group="row",
         pool="mean",
-        patterns=PATTERNS,
+        patterns=SCORED,
         paper=(
             "Liu et al., The Unreasonable Effectiveness of Random Pruning: Return of the Most "
             "Naive Baseline for Sparse Training, arXiv:2202.02643"
@@ -34,7 +35,7 @@ BASELINES = {
         solver="zero",
         group="matrix",
         pool="l2",
-        patterns=PATTERNS,
+        patterns=SCORED,
         paper=(
             "Han et al., Learning both Weights and Connections for Efficient Neural Networks, "
             "arXiv:1506.02626"
@@ -113,7 +114,7 @@ BASELINES = {
         solver="zero",
         group="row",
         pool="mean",
-        patterns=PATTERNS,
+        patterns=SCORED,
         paper=(
             "Sun et al., A Simple and Effective Pruning Approach for Large Language Models, "
             "arXiv:2306.11695"

@@ -62,15 +62,13 @@ class Naming:
         Raises:
             UnsupportedModel: the conversion yields names that the checkpoint does not have.
         """
-        from transformers.core_model_loading import revert_weight_conversion
-
         plain = {
             self.target[name]: name for name, pattern in self.pattern.items() if pattern is None
         }
         found = {plain[param]: tensor for param, tensor in params.items() if param in plain}
         rest = {param: tensor for param, tensor in params.items() if param not in plain}
         if rest:
-            found |= revert_weight_conversion(self.model, dict(rest))
+            found |= split_for_disk(self.model, rest)
         if strange := sorted(found.keys() - self.target.keys()):
             raise UnsupportedModel(
                 f"writing {strange[0]} would add a tensor that the checkpoint does not have: its "
@@ -78,6 +76,47 @@ class Naming:
                 "the copy."
             )
         return found
+
+
+def result_names(
+    naming: Naming, result: Any, param: str, origin: str | None
+) -> dict[str, tuple[int, ...]]:
+    """Return the names that a parameter of a result is stored under, with the shapes of the parts.
+
+    `origin` is the parameter of the source that it comes from: the name follows that one's, blocks
+    renumbered. One that the source lacks, or that transformers merges on load, is named as
+    transformers stores it.
+    """
+    value = result.get_parameter(param)
+    stored = sorted(naming.disk_names_of([origin])) if origin is not None else []
+    if len(stored) == 1 and naming.pattern[stored[0]] is None:
+        return {moved(stored[0], str(origin), param): tuple(value.shape)}
+    return {
+        name: tuple(part.shape) for name, part in split_for_disk(result, {param: value}).items()
+    }
+
+
+def moved(name: str, origin: str, param: str) -> str:
+    """Return a stored name with the number of its block changed as that of its parameter was.
+
+    >>> moved("h.7.attn.weight", "transformer.h.7.attn.weight", "transformer.h.5.attn.weight")
+    'h.5.attn.weight'
+    """
+    before, after = origin.split("."), param.split(".")
+    place = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), None)
+    if place is None:
+        return name
+    parts = name.split(".")
+    at = parts.index(before[place])
+    return ".".join([*parts[:at], after[place], *parts[at + 1 :]])
+
+
+def split_for_disk(model: Any, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return parameters as transformers stores them: what it merges on load is split again."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found: dict[str, Tensor] = revert_weight_conversion(model, dict(params))
+    return found
 
 
 def naming_of(model: Any, disk_names: Iterable[str]) -> tuple[Naming, tuple[str, ...]]:

@@ -132,13 +132,17 @@ TEMPLATES = "additional_chat_templates"
 def copy_side_files(source: Path, out: Path) -> None:
     """Copy tokenizer, templates, licence and other small files; weights and pickles stay behind."""
     for path in side_files(source):
-        target = out / path.relative_to(source)
-        try:
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
-            settle(target)
-        except OSError as error:
-            raise write_failed(target, error) from error
+        copy_file(path, out / path.relative_to(source))
+
+
+def copy_file(path: Path, target: Path) -> None:
+    """Copy a small file, and wait until it is on the disk."""
+    try:
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+        settle(target)
+    except OSError as error:
+        raise write_failed(target, error) from error
 
 
 def side_files(source: Path) -> list[Path]:

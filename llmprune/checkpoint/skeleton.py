@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.arch.anatomy import EXPERT
+from llmprune.arch.couplings import heads_of
 from llmprune.arch.probe import find_family
 from llmprune.arch.types import Family
 from llmprune.base.errors import CheckpointError, UnsupportedModel, first_line
@@ -91,8 +92,11 @@ def build_skeleton(
     dtype: torch.dtype,
     attention: str | None = None,
     trust_remote_code: bool = False,
+    family: Family | None = None,
 ) -> Skeleton:
     """Build a model whose parameters are on meta and whose buffers are real.
+
+    `family` is given where it is known: a result's is that of its source.
 
     Raises:
         UnsupportedModel: no causal LM class, no family row, or blocks not where the row says.
@@ -100,7 +104,10 @@ def build_skeleton(
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    family = find_family(config, trust_remote_code=trust_remote_code)
+    if family is None:
+        family = find_family(config, trust_remote_code=trust_remote_code)
+    else:
+        family = replace(family, heads=heads_of(config), seen=None)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     try:
         with init_empty_weights():

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 ROWS, TOKENS = 2, 128
 OURS = "ours.safetensors"
+SAME = "the same with a cache as without"
 PIECE = 2**17  # of memory that the fresh process gives back as soon as it is freed
 
 
@@ -47,6 +48,8 @@ class Verdict:
     masked_linears: int
     natural_zeros: int
     untouched_equal: int | None
+    masked: Agreement | None = None
+    generation: str | None = None
 
     def text(self) -> str:
         """Return the verdict as a sentence."""
@@ -55,9 +58,11 @@ class Verdict:
             if self.untouched_equal is not None
             else ""
         )
+        smaller = f"; as with zeros: {self.masked.text()}" if self.masked else ""
+        said = f"; greedy generation: {self.generation}" if self.generation else ""
         return (
             f"loads in a fresh process; {self.num_tensors} tensors; logits: "
-            f"{self.agreement.text()}; {self.masked_linears} masks hold{untouched}"
+            f"{self.agreement.text()}{smaller}{said}; {self.masked_linears} masks hold{untouched}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,11 +77,18 @@ def pass_gate(
     source: Source | None = None,
     attention: str | None = None,
     trust_remote_code: bool = False,
+    masked: Callable[[Tensor], Tensor] | None = None,
+    own_code: bool = False,
 ) -> Verdict:
     """Prove a folder.
 
+    `masked` gives the logits of token ids in the source's shapes, with zeros where a shrunk result
+    has nothing: what it computes must agree with them. With `own_code` the result brings code,
+    which must not be run unasked.
+
     Raises:
-        WontLoad: it does not load cleanly, or computes something else.
+        WontLoad: it does not load cleanly, computes something else, or generates something else
+            with a cache than without.
         CheckpointError: zeros or untouched tensors are not what was recorded.
     """
     written = open_folder(folder)
@@ -95,8 +107,22 @@ def pass_gate(
             "tokens": tokens.tolist(),
             "dtype": str(dtype).removeprefix("torch."),
             "trust_remote_code": trust_remote_code,
+            "generate": masked is not None,
+            "own_code": own_code,
         }
         agreement = _agree_with_stock(folder, Path(scratch), job, size)
+        generation = _check_loaded(folder, read_json(Path(scratch) / "loaded.json"))
+        as_masked = None
+        if masked is not None:
+            zeros = Path(scratch) / "masked.safetensors"
+            write_tensors(zeros, {"logits": masked(tokens)})
+            as_masked = compare(zeros, Path(scratch) / OURS, str(dtype))
+            if not as_masked.passed:
+                raise WontLoad(
+                    f"{folder} computes something else than the same model with zeros in place of "
+                    f"what was removed: {as_masked.text()}. This family's config gives other sizes "
+                    "another meaning; use --set prune.form=masked."
+                )
     if math.isnan(agreement.kl):
         raise WontLoad(
             f"{folder} loads, but its logits are NaN or infinite, so nothing is proven. The "
@@ -116,6 +142,8 @@ def pass_gate(
         masked_linears=masked,
         natural_zeros=natural,
         untouched_equal=_check_untouched(written, source, folder) if source else None,
+        masked=as_masked,
+        generation=generation,
     )
 
 
@@ -154,7 +182,8 @@ def _agree_with_stock(folder: Path, scratch: Path, job: Mapping[str, Any], size:
 
     agreement: Agreement | None = None
     whole = [False] if size < psutil.virtual_memory().available else []
-    for on_disk in (True, *whole):
+    order = (*whole, True) if job.get("generate") else (True, *whole)
+    for on_disk in order:
         reason = _run_stock(scratch, {**job, "on_disk": on_disk})
         if reason is None:
             _check_keys(folder, read_json(scratch / "loaded.json"), _unused_in_source(folder))
@@ -208,6 +237,26 @@ def _check_keys(folder: Path, loaded: Mapping[str, list[str]], unused: list[str]
             )
 
 
+def _check_loaded(folder: Path, loaded: Mapping[str, Any]) -> str | None:
+    """Check what the fresh process found beside logits; say what generation did.
+
+    Raises:
+        WontLoad: a cache changes what is generated, or code of the result was run unasked.
+    """
+    if loaded.get("ran_unasked"):
+        raise WontLoad(
+            f"{folder} loads without trust_remote_code, though it needs the code that it brings: "
+            "its config must name a model type of its own."
+        )
+    said = loaded.get("generation")
+    if said is not None and said != SAME:
+        raise WontLoad(
+            f"{folder} generates other tokens with a cache than without ({said}). The result is "
+            "not published; please report the model's config."
+        )
+    return said
+
+
 def _check_masks(blocks: Streamed, folder: Path) -> tuple[int, int]:
     """Check that every removed weight is zero on disk; return linears checked and natural zeros."""
     keeps = MaskFiles(folder)
@@ -235,13 +284,22 @@ def _check_untouched(written: Source, source: Source, folder: Path) -> int:
     """Check that untouched tensors are bit for bit those of the source; return how many."""
     import torch
 
-    names = sorted(written.entries.keys() - MaskFiles(folder).touched)
-    if strange := written.entries.keys() ^ source.entries.keys():
+    masks = MaskFiles(folder)
+    origin = masks.origins(written.entries)
+    names = sorted(written.entries.keys() - masks.touched)
+    if strange := [name for name in names if origin[name] not in source.entries]:
         raise CheckpointError(
-            f"{folder}: tensor {sorted(strange)[0]} is not in both source and result."
+            f"{folder}: tensor {strange[0]} is not in the source, and nothing was to add it."
+        )
+    known = set(origin.values())
+    lost = [name for name in source.entries if name not in known and not masks.may_lack(name)]
+    if lost:
+        raise CheckpointError(
+            f"{folder}: tensor {sorted(lost)[0]} of the source is not in the result, though "
+            "nothing was to remove it."
         )
     for name in names:
-        ours, theirs = written.get([name])[name], source.get([name])[name]
+        ours, theirs = written.get([name])[name], source.get([origin[name]])[origin[name]]
         if (
             ours.dtype != theirs.dtype
             or ours.shape != theirs.shape

@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+PROMPT, NEW = 16, 8
+SAME = "the same with a cache as without"
+
 
 def main(job_file: str) -> None:
     """Load, run the given tokens, write `stock.safetensors` and `loaded.json` beside the job."""
@@ -38,7 +41,41 @@ def main(job_file: str) -> None:
     save_file({"logits": logits.cpu().contiguous()}, str(scratch / "stock.safetensors"))
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     found = {kind: sorted(str(key) for key in info.get(kind, ())) for kind in kinds}
-    (scratch / "loaded.json").write_text(json.dumps(found), encoding="utf-8")
+    beside: dict[str, Any] = {}
+    if job.get("generate") and not job["on_disk"]:
+        beside["generation"] = generation(model, job["tokens"])
+    if job.get("own_code"):
+        beside["ran_unasked"] = runs_unasked(job["folder"])
+    (scratch / "loaded.json").write_text(json.dumps(found | beside), encoding="utf-8")
+
+
+def generation(model: Any, tokens: list[list[int]]) -> str:
+    """Say whether greedy generation is the same with a cache as without."""
+    import torch
+
+    ids = torch.tensor(tokens)[:, :PROMPT]
+    options = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, "num_beams": 1}
+    told = torch.ones_like(ids)
+    with torch.no_grad():
+        cached, plain = (
+            model.generate(ids, attention_mask=told, use_cache=cached, **options)
+            for cached in (True, False)
+        )
+    if torch.equal(cached, plain):
+        return SAME
+    apart = (cached != plain).any(dim=0).nonzero()
+    return f"they part at token {int(apart[0]) - PROMPT + 1} of {NEW}"
+
+
+def runs_unasked(folder: str) -> bool:
+    """Tell whether a folder that brings code loads where that is not allowed to run."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    except Exception:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from llmprune.allocation import ALLOCATIONS
-from llmprune.allocation.projector import default_multiple, project
-from llmprune.allocation.types import Probe, Profile, Request
+from llmprune.allocation.projector import project
+from llmprune.allocation.types import Probe, Profile, Remeasure, Request
 from llmprune.arch.types import Site
 from llmprune.base.errors import RecipeError
 from llmprune.catalog import METHODS, Method
@@ -17,8 +17,9 @@ from llmprune.engine.cost import Estimate, Survey
 from llmprune.engine.parts import Needs, allocation_of, options_for
 from llmprune.engine.sites import is_skipped
 from llmprune.engine.target import ROUNDS, SPLITS
+from llmprune.engine.unit_amounts import allocate_units, choose_unit_allocation, request_of
 from llmprune.mask.counts import exact_sparsity, round_half_up
-from llmprune.mask.pattern import Channels, NofM, Pattern, Tiles
+from llmprune.mask.pattern import NofM, Pattern, Tiles, Units
 from llmprune.score import SCORES
 
 if TYPE_CHECKING:
@@ -35,8 +36,15 @@ def choose_allocation(step: PruneStep, method: Method, pattern: Pattern) -> str:
         UnknownName: no allocation has this name.
         RecipeError: it cannot be used with this method or pattern; says why.
     """
+    if isinstance(pattern, Units):
+        return choose_unit_allocation(step, method, pattern)
     name = allocation_of(step, method)
-    ALLOCATIONS[name]
+    if ALLOCATIONS[name].units:
+        raise RecipeError(
+            f"prune.allocation: {name} decides about whole units, and pattern {step.pattern} "
+            "removes weights. Type --pattern ffn-channels+heads, or --set "
+            "prune.allocation=uniform."
+        )
     ranks = is_ranked(name)
     if step.min_keep is not None and not ranks:
         raise RecipeError(
@@ -55,12 +63,6 @@ def choose_allocation(step: PruneStep, method: Method, pattern: Pattern) -> str:
         raise RecipeError(
             f"prune.allocation: {step.pattern} fixes what every linear loses, so {name} has "
             f"nothing to decide. Use --pattern unstructured{_plain(method)}."
-        )
-    if isinstance(pattern, Channels) and name != "uniform":
-        why = "ranks single weights" if ranks else "gives linears shares of their own"
-        raise RecipeError(
-            f"prune.allocation: {name} {why}, but {step.pattern} takes equally many channels in "
-            f"every block, which the config can hold. Use --pattern unstructured{_plain(method)}."
         )
     _check_pattern(step, method)
     return name
@@ -83,8 +85,13 @@ def allocate(
     probe: Probe | None = None,
     seed: int = 0,
     surveyed: bool = False,
+    asked: int = 0,
+    remeasure: Remeasure | None = None,
+    facts: dict[str, float] | None = None,
 ) -> dict[str, int] | None:
     """Return how many units each site loses; None where that awaits a survey.
+
+    Of whole units those go that hold `asked` weights at least.
 
     Raises:
         RecipeError: the asked share cannot be reached.
@@ -93,8 +100,16 @@ def allocate(
     if isinstance(pattern, NofM):
         target = pattern.sparsity or target
         return {site.name: int(site.num_units * target) for site in sites}
-    if isinstance(pattern, Channels):
-        return _channels(step, allocation, sites, eligible, target)
+    if isinstance(pattern, Units):
+        return allocate_units(
+            *(step, allocation, sites, asked),
+            profiles=profiles,
+            probe=probe,
+            remeasure=remeasure,
+            seed=seed,
+            surveyed=surveyed,
+            facts=facts,
+        )
     if is_ranked(allocation):
         _check_spared(step, allocation, sites)
     if not surveyed and (row.profile is not None or row.judged):
@@ -170,6 +185,7 @@ def survey_cost(
     parts: Needs,
     stored: torch.dtype,
     awaited: bool,
+    asked: int = 0,
 ) -> Survey | None:
     """Return what is read and held before the first cut; `stored` is the dtype of the weights.
 
@@ -178,13 +194,16 @@ def survey_cost(
     """
     row = ALLOCATIONS[allocation]
     profile = row.profile if awaited else None
-    if not awaited and not parts.backward and step.target is None:
+    searches = step.target is not None and "ppl" in step.target
+    if not awaited and not parts.backward and not searches:
         return None
     ranked = profile is not None and profile.ranked
     plain = profile is not None and profile.normalise is None and not isinstance(pattern, Tiles)
     once = not ranked or (plain and str(stored) == "torch.bfloat16")
-    rounds: list[int] = [1, *[SPLITS] * ROUNDS] if step.target else []
-    if awaited and row.rounds is not None:
+    rounds: list[int] = [1, *[SPLITS] * ROUNDS] if searches else []
+    if awaited and row.rounds_for is not None:
+        rounds += row.rounds_for(request_of(step, allocation, sites, asked))
+    elif awaited and row.rounds is not None:
         rounds += row.rounds(len(sites), options_for(step.options, row.options))
     if awaited and row.judged:
         rounds.append(2)
@@ -194,7 +213,7 @@ def survey_cost(
         num_linears=len(sites) if ranked else 0,
         forward=bool(parts.survey or parts.probes),
         rounds=tuple(rounds),
-        target=step.target is not None,
+        target=searches,
         moments=len(parts.backward),
     )
 
@@ -221,33 +240,6 @@ def check_reads(step: PruneStep, allocation: str, cost: Estimate) -> None:
             f"once per walk, where {step.max_reads} are allowed. {lower}"
             f"--set prune.max_reads={cost.num_reads} allows it."
         )
-
-
-def _channels(
-    step: PruneStep, allocation: str, sites: Sequence[Site], eligible: int, target: Fraction
-) -> dict[str, int]:
-    """Return equally many channels of every site, in multiples.
-
-    Raises:
-        RecipeError: they hold less than the asked share of the eligible weights.
-    """
-    covered = sum(site.num_weights for site in sites)
-    share = Fraction(target * eligible, covered)
-    if share >= 1:
-        raise RecipeError(
-            f"prune.sparsity: {step.sparsity:g} of the eligible weights is more than "
-            f"{step.pattern} holds ({covered / eligible:.3f} of them). Ask for less, or leave the "
-            "others out of the count with --set 'prune.skip=[\"*self_attn*\"]'."
-        )
-    units = {site.name: site.num_units for site in sites}
-    return project(
-        ALLOCATIONS[allocation].fn(Request(sites=sites, target=share)),
-        units,
-        {site.name: site.unit_cost for site in sites},
-        budget=share,
-        ties=[list(units)],
-        multiple=step.multiple or default_multiple(min(units.values())),
-    )
 
 
 def _check_spared(step: PruneStep, allocation: str, sites: Sequence[Site]) -> None:

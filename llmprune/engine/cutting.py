@@ -19,7 +19,9 @@ from llmprune.base.memory import LARGE_PIECE, anonymous_bytes, return_freed
 from llmprune.base.progress import Progress
 from llmprune.calibration.replay import call
 from llmprune.engine.plan import Plan
-from llmprune.engine.solving import EMPTY, Cutter, Outcome, follow
+from llmprune.engine.shipping import gone_of, is_gone
+from llmprune.engine.solving import Cutter, Outcome, follow
+from llmprune.mask.pattern import Units
 from llmprune.repair import REPAIRS
 from llmprune.repair.types import Work
 from llmprune.stats.types import Stats
@@ -50,6 +52,8 @@ class Target(Blocks, Protocol):
     """Blocks that can be committed, and read back as they are stored."""
 
     def stored(self, index: int) -> AbstractContextManager[Block]: ...
+
+    def is_gone(self, index: int) -> bool: ...
 
     def commit(
         self, block: Block, touched: set[str], redo: Callable[[Block], None] | None = None
@@ -188,12 +192,15 @@ def _decide(
         assert stream is not None
         with _timed(seconds, "gradients"):
             learnt = {**learnt, **regional_squares(block, stream)}
-    rounds = in_rounds(block.anatomy, plan.needs(block.index), plan.estimate.statistics_bytes)
+    needed = plan.needs(block.index)
+    room = plan.estimate.statistics_bytes
+    whole = isinstance(plan.pattern, Units)  # a unit reads several taps
+    rounds = [needed] if whole else in_rounds(block.anatomy, needed, room)
     changed = block.holding() if len(rounds) > 1 else block
     seen: Seen | None = None
-    stats = EMPTY
+    gone = gone_of(plan.groups[block.index], plan.counts or {})
     for needs in rounds:
-        seen, stats = None, EMPTY  # statistics of one round at a time
+        seen = None  # statistics of one round at a time
         with _timed(seconds, "observe"):
             if stream is not None:
                 dense = plan.prune.propagate == "dense" and needs is rounds[-1]
@@ -201,12 +208,15 @@ def _decide(
                 return_freed()
         with _timed(seconds, "solve"):
             for group in plan.groups[block.index]:
-                if seen is None or not plan.parts.cut or group.tap in needs:
-                    stats = seen.stats.get(group.tap, EMPTY) if seen else EMPTY
+                if is_gone(group.sites[0], gone):
+                    continue
+                if seen is None or not plan.parts.cut or group.coupling or group.tap in needs:
+                    stats = seen.stats if seen else {}
                     cutter.cut(group, changed, stats, known.masks, outcome, learnt)
                     if sum(site.num_weights for site in group.sites) > LARGE_PIECE:
                         return_freed()
     changed.settle()
+    cutter.finish(block, outcome, known.masks)
     cutter.reorder_writers(block, outcome)
     return outcome, seen.dense_output if seen else None
 
@@ -272,11 +282,14 @@ def _advance(
     more: bool,
 ) -> float:
     """Advance the hidden states; return the relative output error on the first micro-batch."""
-    with torch.no_grad(), blocks.stored(index) as stored:
-        pruned = call(stored.module, first_BTD, stream.arguments[0][index])
-        check_activation(pruned, f"output of pruned block {index}")
-        if plan.prune.propagate == "pruned" and more:
-            advance(stored, stream, known={0: pruned})
+    if blocks.is_gone(index):
+        pruned = first_BTD
+    else:
+        with torch.no_grad(), blocks.stored(index) as stored:
+            pruned = call(stored.module, first_BTD, stream.arguments[0][index])
+            check_activation(pruned, f"output of pruned block {index}")
+            if plan.prune.propagate == "pruned" and more:
+                advance(stored, stream, known={0: pruned})
     difference = torch.linalg.vector_norm((pruned - dense_output).float())
     return float(difference / torch.linalg.vector_norm(dense_output.float()))
 
@@ -288,9 +301,12 @@ def _pass_through(
     if dense is not None:
         with blocks.open(index) as block:
             advance(block, dense)
-    opened = blocks.open if plan.prune.propagate == "dense" else blocks.stored
-    with opened(index) as block:
-        advance(block, stream)
+    if plan.prune.propagate == "dense":
+        with blocks.open(index) as block:
+            advance(block, stream)
+    elif not blocks.is_gone(index):
+        with blocks.stored(index) as block:
+            advance(block, stream)
 
 
 def _report(record: Mapping[str, Any], progress: Progress) -> None:

@@ -11,13 +11,16 @@ import torch
 
 from llmprune import __version__
 from llmprune.calibration.windows import token_hash
-from llmprune.checkpoint.sink import copy_side_files, hash_file, shard_name, write_json
-from llmprune.checkpoint.skeleton import build_skeleton, read_config
+from llmprune.checkpoint.sink import copy_file, copy_side_files, hash_file, shard_name, write_json
 from llmprune.checkpoint.source import read_json
+from llmprune.delivery.manifest import manifest_of
 from llmprune.delivery.masks import OWN, MaskFiles
 from llmprune.engine.opening import Opened
+from llmprune.engine.plan import Plan
 from llmprune.engine.records import Records
+from llmprune.engine.shipping import kv_values
 from llmprune.engine.solving import Outcome
+from llmprune.mask.packed import PackedMask
 from llmprune.recipe.models import EvaluateStep
 from llmprune.walk.rewriting import Rewriting, open_rewriting
 
@@ -25,22 +28,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def open_target(opened: Opened, partial: Path) -> Rewriting:
+def open_target(opened: Opened, plan: Plan, partial: Path) -> Rewriting:
     """Open the source for rewriting into the partial folder, with modules of the result's shape."""
-    skeleton = opened.blocks.skeleton
-    if opened.plan.config_changes:
-        config = read_config(
-            opened.source.folder, trust_remote_code=opened.plan.recipe.trust_remote_code
-        )
-        for key, value in opened.plan.config_changes.items():
-            setattr(config, key, value)
-        skeleton = build_skeleton(
-            config,
-            dtype=opened.plan.dtype,
-            attention=skeleton.config._attn_implementation,
-            trust_remote_code=opened.plan.recipe.trust_remote_code,
-        )
-    return open_rewriting(opened.blocks, skeleton, partial)
+    shipment = plan.shipment
+    assert shipment is not None
+    return open_rewriting(opened.blocks, shipment.skeleton, partial, shipment.places)
 
 
 class FolderKeeper:
@@ -63,20 +55,27 @@ class FolderKeeper:
         self, index: int, shard: Path | None, outcome: Outcome, content: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Write masks, and begin to write the record."""
-        assert shard is not None
         self.flush()
         name = shard_name(index, len(self.blocks))
-        masks = self.records.write_masks(name, outcome.masks, outcome.kept_units)
-        prefix = self.blocks.source.skeleton.prefix(index)
-        params = [prefix + name for name in outcome.touched]
+        masks = self.records.write_masks(name, self._renamed(index, outcome), outcome.kept_units)
+        params = {self.blocks.param_of(index, name) for name in outcome.touched}
         record = {
             "block": index,
             **content,
-            "touched": sorted(self.blocks.source.naming.disk_names_of(params)),
-            "masks": {name: list(mask.shape) for name, mask in outcome.masks.items()},
+            "touched": sorted(self.blocks.result.naming.disk_names_of(params)),
+            "masks": {n: list(m.shape) for n, m in self._renamed(index, outcome).items()},
         }
-        self._pending = self._thread.submit(self.records.write, index, [shard, masks], record)
+        files = [masks] if shard is None else [shard, masks]
+        self._pending = self._thread.submit(self.records.write, index, files, record)
         return record
+
+    def _renamed(self, index: int, outcome: Outcome) -> dict[str, PackedMask]:
+        """Return masks by the names that linears have in the result; none of a block that went."""
+        if self.blocks.is_gone(index):
+            return {}
+        before = self.blocks.source.skeleton.prefix(index)
+        after = self.blocks.param_of(index, "")
+        return {after + name.removeprefix(before): m for name, m in outcome.masks.items()}
 
     def flush(self) -> None:
         """Wait for the record of the last block; raise what went wrong with it."""
@@ -86,14 +85,19 @@ class FolderKeeper:
 
 
 def complete(
-    opened: Opened, blocks: Rewriting, records: Records, rows: list[dict[str, Any]]
+    opened: Opened, plan: Plan, blocks: Rewriting, records: Records, rows: list[dict[str, Any]]
 ) -> dict[str, str]:
-    """Write trunk, index, config, masks' index and side files; return every weight file's hash."""
+    """Write trunk, index, config, code, masks' index and side files; return every weight file's
+    hash."""
+    shipment = plan.shipment
+    assert shipment is not None
     trunk = blocks.commit_trunk()
     blocks.write_index()
     copy_side_files(opened.source.folder, records.partial)
-    if changes := opened.plan.config_changes:
-        write_json(records.partial / "config.json", opened.source.config() | dict(changes))
+    if shipment.skeleton is not opened.blocks.skeleton:
+        write_json(records.partial / "config.json", dict(shipment.config))
+        for path in shipment.code:
+            copy_file(path, records.partial / path.name)
     masks = {
         name: {
             "file": shard_name(row["block"], len(blocks)).replace("model-", "masks-"),
@@ -103,9 +107,45 @@ def complete(
         for name, shape in row["masks"].items()
     }
     touched = sorted(name for row in rows for name in row["touched"])
+    blocks_of = sorted(shipment.places, key=lambda index: shipment.places[index])
     index = {"true_means": "kept", "masks": masks, "touched": touched}
+    if shipment.skeleton is not opened.blocks.skeleton:
+        index |= {"blocks": blocks_of, "lost": blocks.lost()}
     write_json(records.own / "masks.json", index)
     return records.hashes() | {trunk.name: hash_file(trunk)}
+
+
+def manifest(opened: Opened, plan: Plan, fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the result is made of, for whoever prunes it again or adapts it."""
+    shipment = plan.shipment
+    assert shipment is not None
+    counts = plan.counts or {}
+    kept: list[dict[str, int]] = []
+    for block in shipment.layout.blocks:
+        sites = [site for group in plan.groups[block.source] for site in group.sites]
+        kept.append({site.kind: site.num_units - counts[site.name] for site in sites})
+    skeleton = opened.blocks.skeleton
+    dense = {"parameters": plan.num_params, "kv_values_per_token": kv_values(skeleton)}
+    result = {
+        "parameters": shipment.num_params,
+        "kv_values_per_token": kv_values(shipment.skeleton),
+    }
+    return manifest_of(
+        layout=shipment.layout,
+        tier=shipment.tier,
+        reasons=shipment.reasons,
+        source=fixed["source"],
+        config=opened.source.config(),
+        method={
+            "prune": plan.prune.model_dump(mode="json"),
+            "solver": plan.method.solver,
+            "allocation": plan.allocation,
+            "seed": plan.recipe.seed,
+            "tokens": fixed["tokens"],
+        },
+        kept=kept,
+        sizes={"dense": dense, "result": result},
+    )
 
 
 def prior_masks(opened: Opened) -> Callable[[int], Mapping[str, Tensor]]:

@@ -19,6 +19,7 @@ from llmprune.checkpoint.source import Source
 from llmprune.engine.gradients import check_backward
 from llmprune.engine.plan import Plan, make_plan
 from llmprune.engine.shapes import Anatomies
+from llmprune.engine.shipping import as_it_is, ship
 from llmprune.walk.rewriting import DTYPE_NAMES
 from llmprune.walk.streamed import Streamed, stream
 
@@ -42,8 +43,8 @@ def default_out(recipe: Recipe) -> Path:
     amount = pattern.replace(":", "of") if ":" in pattern else f"{recipe.prune.sparsity:g}"
     kind = "" if pattern == "unstructured" or ":" in pattern else f"-{pattern}"
     step = recipe.prune
-    if step.target:
-        amount = "ppl" + step.target["ppl"].replace("%", "pc").replace("+", "-").replace(" ", "")
+    for key, text in (step.target or {}).items():
+        amount = key + text.replace("%", "pc").replace("+", "-").replace(" ", "")
     return Path(f"{name}-{step.effort or step.method}{kind}-{amount}")
 
 
@@ -130,7 +131,27 @@ def open_plan(recipe: Recipe) -> Opened:
         check_backward(config, blocks.family, trust_remote_code=trust)
     if not plan.forward:
         blocks = replace(blocks, dtype=None)
-    return Opened(source=source, blocks=blocks, plan=plan)
+    opened = Opened(source=source, blocks=blocks, plan=plan)
+    return replace(opened, plan=with_shipment(opened, plan))
+
+
+def with_shipment(opened: Opened, plan: Plan) -> Plan:
+    """Return the plan with how its result will be stored, where its counts are known.
+
+    Raises:
+        WontLoad: no tier that is allowed holds what would be left.
+    """
+    if plan.counts is None:
+        return plan
+    skeleton, config = opened.blocks.skeleton, opened.source.config()
+    if plan.form == "masked":
+        return replace(plan, shipment=as_it_is(skeleton, config, len(plan.groups)))
+    shipment = ship(
+        *(plan, skeleton, config, [opened.blocks.anatomy(i) for i in range(len(plan.groups))]),
+        dtype=opened.blocks.dtype or plan.dtype,
+        trust_remote_code=plan.recipe.trust_remote_code,
+    )
+    return replace(plan, shipment=shipment)
 
 
 def check_walk(config: Any, family: Family, *, trust_remote_code: bool = False) -> None:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llmprune.allocation import ALLOCATIONS
+from llmprune.arch.couplings import DEPTHS
 from llmprune.base.errors import RecipeError
 from llmprune.catalog import METHODS, Method
-from llmprune.mask.pattern import Channels, NofM, Pattern, Tiles
+from llmprune.mask.pattern import NofM, Pattern, Tiles, Units
 from llmprune.repair import REPAIRS
-from llmprune.score import SCORES
-from llmprune.solver import REFINEMENTS, SOLVERS
+from llmprune.score import SCORES, UNIT_SCORES, score_row
+from llmprune.solver import COMPENSATIONS, REFINEMENTS, SOLVERS
 from llmprune.stats import STATISTICS
 
 if TYPE_CHECKING:
@@ -25,16 +26,20 @@ NONE = "none"
 class Needs:
     """What the parts of a run must know, by where it is learnt.
 
-    `cut` are statistics of taps while a block is cut, `regional` gradients of its own output then;
+    `cut` are statistics of taps while a block is cut (`around` those of all linears of a unit, not
+    only of the one that reads it), `regional` gradients of the block's own output then;
     `survey` statistics of taps before the first cut, `backward` gradients of the loss before it.
-    `inputs` says that a block's inputs are needed though no statistic is, `dense` that the dense
-    model is walked alongside, and `probes` that candidates are walked and compared with it.
+    `routing` says that experts are watched, `inputs` that a block's inputs are needed though no
+    statistic is, `dense` that the dense model is walked alongside, and `probes` that candidates are
+    walked and compared with it.
     """
 
     cut: tuple[str, ...] = ()
+    around: tuple[str, ...] = ()
     regional: tuple[str, ...] = ()
     survey: tuple[str, ...] = ()
     backward: tuple[str, ...] = ()
+    routing: bool = False
     inputs: bool = False
     dense: bool = False
     probes: bool = False
@@ -47,7 +52,7 @@ class Needs:
     @property
     def cut_tokens(self) -> bool:
         """Tell whether tokens flow while blocks are cut."""
-        return bool(self.cut or self.regional or self.inputs)
+        return bool(self.cut or self.regional or self.inputs or self.routing)
 
     @property
     def tokens(self) -> bool:
@@ -64,6 +69,13 @@ def compose(step: PruneStep, pattern: Pattern) -> Method:
     """
     method = METHODS[step.method]
     solver = "zero" if step.solver == NONE else step.solver or method.solver
+    if isinstance(pattern, Units):
+        return _compose_units(step, pattern, method, solver)
+    if method.score in UNIT_SCORES or solver in COMPENSATIONS.keys() - SOLVERS.keys():
+        raise RecipeError(
+            f"prune.pattern: {method.name} with solver {solver} judges whole units, and pattern is "
+            f"{step.pattern}. Type --pattern {method.pattern}, or choose another method."
+        )
     refine = None if step.refine == NONE else step.refine or method.refine
     repair = None if step.repair == NONE else step.repair or method.repair
     updates = SOLVERS[solver].updates
@@ -76,18 +88,6 @@ def compose(step: PruneStep, pattern: Pattern) -> Method:
             f"prune.solver: the score of {method.name} judges weights while others are updated, "
             f"which solver {solver} does not do. Use solver columnwise or least-squares, or "
             "--method wanda."
-        )
-    parts = [name for name in (refine, repair, solver if updates else None) if name is not None]
-    if isinstance(pattern, Channels) and parts:
-        raise RecipeError(
-            f"prune.pattern: {step.pattern} removes whole units, and {parts[0]} is for weights "
-            "that stay in their place. Leave it out, or choose pattern unstructured or N:M."
-        )
-    if step.target and isinstance(pattern, Channels) and step.form != "masked":
-        raise RecipeError(
-            f"prune.target: {step.pattern} are cut out of the tensors, whose sizes must be known "
-            "before a sparsity is looked for. Type --set prune.form=masked, or give a --sparsity "
-            "instead of the target."
         )
     if refine is not None and isinstance(pattern, Tiles):
         raise RecipeError(
@@ -109,8 +109,64 @@ def compose(step: PruneStep, pattern: Pattern) -> Method:
     return composed
 
 
-def needs_of(method: Method, allocation: str, *, searches: bool = False) -> Needs:
+def _compose_units(step: PruneStep, pattern: Units, method: Method, solver: str) -> Method:
+    """Return the method of a step that removes whole units.
+
+    Raises:
+        UnknownName: no compensation has this name.
+        RecipeError: the parts are for single weights.
+    """
+    if solver in SOLVERS.keys() - COMPENSATIONS.keys() - {"zero"}:
+        raise RecipeError(
+            f"prune.pattern: {step.pattern} removes whole units, and solver {solver} is for "
+            "weights that stay in their place. Type --set prune.solver=least-squares, or choose "
+            "pattern unstructured or N:M."
+        )
+    if solver != "zero":
+        COMPENSATIONS[solver]
+    others = {"refine": step.refine or method.refine, "repair": step.repair or method.repair}
+    for key, name in others.items():
+        if name not in (None, NONE):
+            raise RecipeError(
+                f"prune.{key}: {name} is for single weights, and {step.pattern} removes whole "
+                f"units. Type --set prune.{key}=none, or choose pattern unstructured or N:M."
+            )
+    if step.permute:
+        raise RecipeError(
+            f"prune.permute: channels are put in order for N:M patterns, and pattern is "
+            f"{step.pattern}. Type --pattern 2:4, or leave permute out."
+        )
+    if method.score in SCORES and SCORES[method.score].adaptive:
+        raise RecipeError(
+            f"prune.method: {method.name} judges weights while others are updated, which has no "
+            f"meaning for whole units. Type --method flap, or another method for {step.pattern}."
+        )
+    if "ppl" in (step.target or {}) and step.form != "masked":
+        raise RecipeError(
+            f"prune.target: {step.pattern} are cut out of the tensors, whose sizes must be known "
+            "before a sparsity is looked for. Type --set prune.form=masked, or give a --sparsity "
+            "instead of the target."
+        )
+    deep = all(kind in DEPTHS for kind in pattern.kinds)
+    reduce = step.reduce or method.reduce
+    if step.reduce and method.score in UNIT_SCORES:
+        raise RecipeError(
+            f"prune.reduce: {method.name} scores units, not weights, so there is nothing to put "
+            "together. Leave it out, or use --method spa."
+        )
+    composed = replace(
+        method, solver="zero" if deep else solver, refine=None, repair=None, reduce=reduce
+    )
+    _check_options(step, composed)
+    return composed
+
+
+def needs_of(
+    method: Method, allocation: str, *, searches: bool = False, pattern: Pattern | None = None
+) -> Needs:
     """Return what the parts of a run must know; `searches` says that a sparsity is looked for."""
+    if isinstance(pattern, Units):
+        return _needs_of_units(method, allocation, pattern, searches=searches)
     score, solver = SCORES[method.score], SOLVERS[method.solver]
     learnt = (*score.learnt, *solver.needs)
     if method.refine is not None:
@@ -126,6 +182,27 @@ def needs_of(method: Method, allocation: str, *, searches: bool = False) -> Need
         backward=tuple(dict.fromkeys(backward)),
         inputs=method.repair is not None,
         dense=method.repair is not None and REPAIRS[method.repair].dense,
+        probes=searches or row.judged or "probe" in row.needs,
+    )
+
+
+def _needs_of_units(method: Method, allocation: str, pattern: Units, *, searches: bool) -> Needs:
+    """Return what the parts of a run that removes whole units must know."""
+    score = score_row(method.score)
+    row = ALLOCATIONS[allocation]
+    deep = all(kind in DEPTHS for kind in pattern.kinds)
+    judged = () if deep else score.learnt
+    everywhere = method.reduce != "reader" or getattr(score, "everywhere", False)
+    solver = COMPENSATIONS[method.solver].needs if method.solver != "zero" else ()
+    profiled = row.profile.needs if row.profile else ()
+    surveyed = row.profile is not None or "probe" in row.needs
+    return Needs(
+        cut=_at("tap", (*judged, *solver)),
+        around=_at("tap", judged) if everywhere else (),
+        regional=_at("block_gradient", judged),
+        survey=tuple(dict.fromkeys((*profiled, *score.learnt))) if surveyed else (),
+        backward=_at("backward", judged),
+        routing=bool(_at("routing", judged)),
         probes=searches or row.judged or "probe" in row.needs,
     )
 
@@ -159,6 +236,8 @@ def repair_passes(method: Method, given: Mapping[str, float]) -> float:
 
 def stand_in(score: str) -> str:
     """Return the score that masks candidates: it needs neither a solver nor a block's graph."""
+    if score in UNIT_SCORES:
+        return score
     row = SCORES[score]
     return "wanda" if row.adaptive or _at("block_gradient", row.learnt) else score
 
@@ -169,7 +248,7 @@ def _at(place: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _check_options(step: PruneStep, method: Method) -> None:
     """Raise where a recipe gives a number that no part of the run takes."""
-    known = dict(SCORES[method.score].options)
+    known = dict(score_row(method.score).options)
     known |= ALLOCATIONS[allocation_of(step, method)].options
     known |= REPAIRS[method.repair].options if method.repair else {}
     for name in step.options:

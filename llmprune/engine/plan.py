@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -35,17 +36,14 @@ from llmprune.engine.shapes import (
     sizes_of,
     what_stays,
 )
-from llmprune.engine.sites import Group, all_sites, groups_of, is_skipped
+from llmprune.engine.shipping import Shipment, gone_of, is_gone
+from llmprune.engine.sites import Group, all_sites, check_units, groups_of, is_skipped
 from llmprune.engine.solving import Cutter
-from llmprune.mask.pattern import (
-    Channels,
-    GroupName,
-    Pattern,
-    Unstructured,
-    parse_pattern,
-)
+from llmprune.engine.unit_amounts import asked_weights
+from llmprune.mask.counts import exact_sparsity
+from llmprune.mask.pattern import GroupName, Pattern, Units, Unstructured, parse_pattern
 from llmprune.recipe.models import EvaluateStep
-from llmprune.score import SCORES
+from llmprune.score import SCORES, score_row
 from llmprune.solver import SOLVERS
 from llmprune.solver.types import Settings
 from llmprune.stats import STATISTICS
@@ -53,7 +51,7 @@ from llmprune.stats import STATISTICS
 if TYPE_CHECKING:
     import torch
 
-    from llmprune.allocation.types import Probe
+    from llmprune.allocation.types import Probe, Remeasure
     from llmprune.recipe import Recipe
     from llmprune.recipe.models import PruneStep
 
@@ -78,7 +76,6 @@ class Plan:
     group: GroupName
     allocation: str
     form: str
-    tier: str
     groups: tuple[tuple[Group, ...], ...]
     prefixes: tuple[str, ...]
     counts: Mapping[str, int] | None
@@ -89,14 +86,15 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     stored: torch.dtype
+    asked: int
     seq_len: int
     num_samples: int
     eval_windows: int
-    config_changes: Mapping[str, int]
     estimate: Estimate
     notes: tuple[str, ...] = field(default=())
     verdict: Mapping[str, Any] | None = None
     target: Mapping[str, Any] | None = None
+    shipment: Shipment | None = None
 
     @property
     def prune(self) -> PruneStep:
@@ -114,23 +112,44 @@ class Plan:
     @property
     def surveys(self) -> bool:
         """Tell whether the model is looked at before the first cut."""
-        return self.counts is None or bool(self.parts.backward or self.prune.target)
+        return self.counts is None or bool(self.parts.backward) or self.searches
+
+    @property
+    def searches(self) -> bool:
+        """Tell whether a sparsity is looked for that keeps perplexity within a target."""
+        return "ppl" in (self.prune.target or {})
 
     @property
     def draws(self) -> bool:
         """Tell whether masks follow from the seed, also where no text is drawn with it."""
-        return "seed" in SCORES[self.method.score].needs
+        score = SCORES.get(self.method.score)
+        return score is not None and "seed" in score.needs
 
     @property
     def sites(self) -> tuple[Site, ...]:
         return tuple(all_sites(self.groups))
 
     @property
+    def config_changes(self) -> dict[str, int]:
+        """Return the numbers of the config that differ from the source's."""
+        if self.shipment is None or self.form == "masked":
+            return {}
+        before = self.shipment.before
+        numbers = {k: v for k, v in self.shipment.config.items() if isinstance(v, int)}
+        return {key: value for key, value in numbers.items() if before.get(key) != value}
+
+    @property
+    def asked_share(self) -> float:
+        """Return the share of the eligible weights that is asked for."""
+        return self.asked / self.eligible
+
+    @property
     def removed(self) -> int:
         """Return the number of weights that will be removed."""
         sites = self.sites
         if self.counts is None:
-            return num_pruned(self.prune, sites) * sites[0].unit_cost
+            units = isinstance(self.pattern, Units)
+            return self.asked if units else num_pruned(self.prune, sites) * sites[0].unit_cost
         return sum(self.counts[site.name] * site.unit_cost for site in sites)
 
     @property
@@ -140,8 +159,24 @@ class Plan:
 
     def needs(self, index: int) -> dict[str, tuple[str, ...]]:
         """Return the statistics that each tap of a block must give."""
-        needs = self.parts.cut
-        return {group.tap: needs for group in self.groups[index]} if needs else {}
+        cut, around = self.parts.cut, self.parts.around
+        found: dict[str, tuple[str, ...]] = {}
+        for group in self.groups[index] if cut else ():
+            if self._idle(index, group):
+                continue
+            for tap in group.around if around else ():
+                found.setdefault(tap, around)
+            if group.tap:
+                found[group.tap] = cut
+        return found
+
+    def _idle(self, index: int, group: Group) -> bool:
+        """Tell whether whole units could go of a group, but none do, or more than these."""
+        if group.coupling is None or self.counts is None:
+            return False
+        (site,) = group.sites
+        gone = gone_of(self.groups[index], self.counts)
+        return not self.counts[site.name] or is_gone(site, gone)
 
     def options_of(self, defaults: Mapping[str, float]) -> dict[str, float]:
         """Return the numbers of one part of the run."""
@@ -152,14 +187,18 @@ class Plan:
         """Return the statistics of taps that candidates are masked by, where any are probed."""
         if not self.parts.probes:
             return ()
-        needs = SCORES[stand_in(self.method.score)].learnt
+        name = stand_in(self.method.score)
+        needs = score_row(name).learnt
         return tuple(name for name in needs if STATISTICS[name].observe == "tap")
 
     def with_profiles(
-        self, profiles: Mapping[str, torch.Tensor], probe: Probe | None = None
+        self,
+        profiles: Mapping[str, torch.Tensor],
+        probe: Probe | None = None,
+        remeasure: Remeasure | None = None,
     ) -> Plan:
         """Return the plan with the counts that follow from a survey."""
-        return self._allocated(self.allocation, profiles, probe)
+        return self._allocated(self.allocation, profiles, probe, remeasure)
 
     def with_allocation(self, name: str) -> Plan:
         """Return the plan with the counts of an allocation that needs no survey."""
@@ -168,13 +207,18 @@ class Plan:
     def recounted(self) -> Plan:
         """Return the plan with the counts of its recipe as it is now; None awaits a survey."""
         step, sites = self.prune, self.sites
-        return replace(
-            self, counts=allocate(step, self.allocation, self.pattern, sites, self.eligible)
-        )
+        asked = math.ceil(exact_sparsity(step.sparsity) * self.eligible)
+        counts = allocate(*(step, self.allocation, self.pattern, sites, self.eligible), asked=asked)
+        return replace(self, counts=counts, asked=asked)
 
     def _allocated(
-        self, name: str, profiles: Mapping[str, torch.Tensor], probe: Probe | None
+        self,
+        name: str,
+        profiles: Mapping[str, torch.Tensor],
+        probe: Probe | None,
+        remeasure: Remeasure | None = None,
     ) -> Plan:
+        facts: dict[str, float] = {}
         counts = allocate(
             self.prune,
             name,
@@ -185,15 +229,18 @@ class Plan:
             probe=probe,
             seed=self.recipe.seed,
             surveyed=True,
+            asked=self.asked,
+            remeasure=remeasure,
+            facts=facts,
         )
-        return replace(self, counts=counts)
+        return replace(self, counts=counts, verdict=facts or None)
 
     def masker(self) -> Cutter:
         """Return what candidates are cut by: masks alone, without updates, on dense statistics."""
         score = stand_in(self.method.score)
         method = replace(self.method, score=score, solver="zero", refine=None, repair=None)
         group = self.group if score == self.method.score else "row"
-        options = self.options_of(SCORES[score].options)
+        options = self.options_of(score_row(score).options)
         return replace(self.cutter(), method=method, group=group, options=options, permute=False)
 
     def cutter(self) -> Cutter:
@@ -207,8 +254,9 @@ class Plan:
             stored=self.stored,
             seed=self.recipe.seed,
             settings=Settings(damping=self.prune.damping, damp=self.prune.damp),
-            options=self.options_of(SCORES[self.method.score].options),
+            options=self.options_of(score_row(self.method.score).options),
             permute=self.prune.permute,
+            widths=self.shipment.widths if self.shipment else {},
         )
 
     def __repr__(self) -> str:
@@ -247,7 +295,8 @@ def make_plan(
     method = compose(step, pattern)
     allocation = choose_allocation(step, method, pattern)
     form = decide_form(step, pattern)
-    parts = needs_of(method, allocation, searches=step.target is not None)
+    searches = "ppl" in (step.target or {})
+    parts = needs_of(method, allocation, searches=searches, pattern=pattern)
     groups = tuple(
         groups_of(pattern, anatomy, block=index, prefix=prefix, skip=step.skip)
         for index, (anatomy, prefix) in enumerate(
@@ -256,10 +305,14 @@ def make_plan(
     )
     sites = all_sites(groups)
     check_globs(step.skip, anatomies)
+    check_units(pattern, groups, anatomies)
     skipped, eligible = what_stays(anatomies, step, sites)
     if not sites:
         raise RecipeError(f"prune.skip: {list(step.skip)} leaves nothing to prune; skip less.")
-    counts = allocate(step, allocation, pattern, sites, eligible)
+    asked = asked_weights(
+        step, eligible, num_params=num_params(anatomies), itemsize=stored.itemsize
+    )
+    counts = allocate(step, allocation, pattern, sites, eligible, asked=asked)
     num_samples = recipe.calibration.num_samples
     seq_len = sequence_length(recipe, config)
     forward = parts.tokens
@@ -280,12 +333,14 @@ def make_plan(
         removed_bytes=removed * stored.itemsize if form == "shrunk" else 0,
         converted_params=converted_params,
         rate=measure_rate(device, dtype),
-        survey=survey_cost(step, allocation, pattern, sites, parts, stored, counts is None),
+        survey=survey_cost(
+            *(step, allocation, pattern, sites, parts, stored, counts is None), asked=asked
+        ),
         statistics_bytes=most_statistics(anatomies, groups, {*parts.cut, *parts.survey}),
         most=sequences_at_most(method, parts, step.options),
         streams=1 + parts.dense + parts.inputs,
         passes=repair_passes(method, step.options) + 3 * bool(parts.regional),
-        workspace=SOLVERS[method.solver].workspace,
+        workspace=SOLVERS[method.solver].workspace if method.solver in SOLVERS else (3, 3),
     )
     check_reads(step, allocation, cost)
     group = step.group or method.group
@@ -298,7 +353,6 @@ def make_plan(
         group=group,
         allocation=allocation,
         form=form,
-        tier="E0",
         groups=groups,
         prefixes=anatomies.prefixes,
         counts=counts,
@@ -309,12 +363,12 @@ def make_plan(
         device=device,
         dtype=dtype,
         stored=stored,
+        asked=asked,
         seq_len=seq_len,
         num_samples=num_samples,
         eval_windows=_windows(wants.perplexity if wants else False, windows, cost)
-        if step.target is None
+        if not searches
         else windows or EvaluateStep().num_windows,
-        config_changes=_config_changes(groups, counts) if form == "shrunk" and counts else {},
         estimate=cost,
         notes=_notes(step, group, pattern),
     )
@@ -342,7 +396,7 @@ def decide_form(step: PruneStep, pattern: Pattern) -> str:
     Raises:
         RecipeError: single weights cannot be cut out of a dense matrix.
     """
-    if isinstance(pattern, Channels):
+    if isinstance(pattern, Units):
         return "shrunk" if step.form == "auto" else step.form
     if step.form == "shrunk":
         raise RecipeError(
@@ -384,14 +438,3 @@ def _windows(asked: bool | str, windows: int, cost: Estimate) -> int:
         taken = cost.survey_seconds + cost.cut_seconds
         return windows if cost.evaluate_seconds <= EVAL_SHARE * taken else 0
     return windows if asked else 0
-
-
-def _config_changes(groups: Sequence[Sequence[Group]], counts: Mapping[str, int]) -> dict[str, int]:
-    """Return the config keys that count units, with their new values."""
-    changes: dict[str, int] = {}
-    for block in groups:
-        for group in block:
-            if group.coupling is not None:
-                (site,) = group.sites
-                changes[group.coupling.config_key] = site.num_units - counts[site.name]
-    return changes

@@ -13,8 +13,7 @@ from llmprune.base.text import columns, named_lines, ranges
 from llmprune.calibration.selection import calibration_texts, evaluation_data, name_of, place_of
 from llmprune.engine.cost import LIBRARIES
 from llmprune.engine.target import ROUNDS, SPLITS
-from llmprune.mask.pattern import Tiles, Unstructured
-from llmprune.solver import SOLVERS
+from llmprune.mask.pattern import Tiles, Units, Unstructured
 
 if TYPE_CHECKING:
     from llmprune.engine.plan import Plan
@@ -57,7 +56,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("time", _time(plan)),
         ("resume", _resume(plan)),
         ("perplexity", _perplexity(plan)),
-        ("loads", "stock: AutoModelForCausalLM.from_pretrained, checked in a fresh process"),
+        ("loads", _loads(plan)),
         *(("note", note) for note in (*plan.notes, *_idle(plan))),
     ]
 
@@ -74,8 +73,8 @@ def _method(plan: Plan) -> str:
 
 def _allocation(plan: Plan) -> str:
     match plan.allocation:
-        case "uniform" if plan.form == "shrunk" or plan.prune.pattern == "ffn-channels":
-            return "uniform: equally many channels in every block"
+        case "uniform" if isinstance(plan.pattern, Units):
+            return "uniform: equally many units of each kind in every block"
         case "uniform":
             return "uniform: every linear loses the same share"
         case "manual":
@@ -106,6 +105,9 @@ def _target(plan: Plan) -> str:
     """Return how the sparsity is looked for, where a target is to be met."""
     if not plan.prune.target:
         return ""
+    if not plan.searches:
+        ((key, text),) = plan.prune.target.items()
+        return f"{key} {text}: {human_count(plan.asked)} weights are to go at least"
     return (
         f"ppl {plan.prune.target['ppl']}: the highest sparsity up to {plan.prune.sparsity:g} that "
         f"keeps it, {ROUNDS} rounds of {SPLITS} sparsities, equal shares, "
@@ -121,12 +123,10 @@ def _idle(plan: Plan) -> list[str]:
         for key in ("damping", "damp")
         if getattr(step, key) != type(step).model_fields[key].default
     ]
-    if asked and not SOLVERS[plan.method.solver].updates:
+    if asked and plan.method.solver == "zero":
         notes.append(f"{' and '.join(asked)} changes nothing: solver zero updates no weights")
     if step.adopt == "always" and not ALLOCATIONS[plan.allocation].judged:
         notes.append(f"adopt always changes nothing: allocation {plan.allocation} is not judged")
-    if step.effort in ("good", "best") and plan.prune.pattern == "ffn-channels":
-        notes.append(f"effort {step.effort} has nothing beyond fast for ffn-channels yet")
     return notes
 
 
@@ -186,7 +186,6 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "model": plan.source_name,
         "out": plan.out,
         "form": plan.form,
-        "tier": plan.tier,
         "forward": plan.forward,
         "needs": list(plan.parts.names),
         "solver": plan.method.solver,
@@ -204,6 +203,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "sparsity": plan.sparsity,
         "eligible": plan.eligible,
         "parameters": plan.num_params,
+        "tier": plan.shipment.tier if plan.shipment else None,
         "config_changes": dict(plan.config_changes),
         "eval_windows": plan.eval_windows,
         "sites": {
@@ -242,20 +242,20 @@ def _solver(plan: Plan) -> str:
 
 def _awaited(plan: Plan) -> str:
     """Return what the counts follow from before the cut; empty where they are known."""
-    return "target" if plan.prune.target else "survey" if plan.counts is None else ""
+    return "target" if plan.searches else "survey" if plan.counts is None else ""
 
 
 def _removes(plan: Plan) -> str:
     total = plan.removed / plan.num_params
-    if plan.prune.target:
+    if plan.searches:
         return (
             f"at most {human_count(plan.removed)} of {human_count(plan.eligible)} eligible "
             f"weights: sparsity up to {plan.sparsity:.5f} ({100 * total:.1f} % of all parameters)"
         )
+    asked = f"{plan.prune.sparsity:g}" if not plan.prune.target else f"{plan.asked_share:.5f}"
     return (
         f"{human_count(plan.removed)} of {human_count(plan.eligible)} eligible weights: sparsity "
-        f"{plan.sparsity:.5f}, asked {plan.prune.sparsity:g} ({100 * total:.1f} % of all "
-        "parameters)"
+        f"{plan.sparsity:.5f}, asked {asked} ({100 * total:.1f} % of all parameters)"
     )
 
 
@@ -263,8 +263,28 @@ def _result(plan: Plan) -> str:
     where = plan.out or "the model in memory"
     if plan.form == "masked":
         return f"{where}, masked: tensors of the same shape with exact zeros"
+    shipment = plan.shipment
+    if shipment is None:
+        return f"{where}, shrunk: smaller tensors; how they are stored follows from the survey"
     changes = ", ".join(f"{key} = {value}" for key, value in plan.config_changes.items())
-    return f"{where}, shrunk: smaller tensors, {changes} (tier {plan.tier}: equal in all blocks)"
+    return f"{where}, shrunk: {changes or 'blocks of unequal sizes'} (tier {shipment.tier})"
+
+
+def _loads(plan: Plan) -> str:
+    """Return how the result will load, and why not more simply."""
+    shipment = plan.shipment
+    if shipment is None:
+        return (
+            "as the lowest tier that holds what the survey leaves: stock (E0), or with code that "
+            "comes with it (E2, E3)"
+        )
+    why = "".join(f"; not {name}: {reason}" for name, reason in shipment.reasons)
+    if shipment.code:
+        return (
+            f"tier {shipment.tier}: from_pretrained(..., trust_remote_code=True), by code in the "
+            f"folder, checked in a fresh process{why}"
+        )
+    return "stock: AutoModelForCausalLM.from_pretrained, checked in a fresh process"
 
 
 def _text(plan: Plan) -> str:

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmprune.allocation import ALLOCATIONS
 from llmprune.allocation.types import Candidate, Measured
 from llmprune.base.progress import Progress
 from llmprune.calibration.replay import call
-from llmprune.engine.solving import EMPTY, Cutter, Outcome
+from llmprune.engine.solving import Cutter, Outcome
 from llmprune.evaluation.divergence import distances
 from llmprune.mask.counts import round_half_up
 from llmprune.score.noise import seed_of
@@ -82,18 +83,30 @@ class Prober:
             for answer in self._round(candidates[start : start + self.at_once])
         ]
 
+    @property
+    def distances(self) -> tuple[str, ...]:
+        """Return the distances that the allocation asks for besides KL."""
+        return ALLOCATIONS[self.plan.allocation].distances
+
     def _round(self, candidates: Sequence[Candidate]) -> list[Measured]:
         """Answer what one walk can; from the log where it was answered before."""
-        key = _digest(candidates)
+        key = _digest(candidates, self.distances)
         if key not in self._known:
             found = self._walk(candidates)
-            self._known[key] = [[each.kl_S.tolist(), each.loss_S.tolist()] for each in found]
+            self._known[key] = [
+                [each_S.tolist() for each_S in (each.kl_S, each.loss_S, *each.others.values())]
+                for each in found
+            ]
             if self.log is not None:
                 with self.log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"round": key, "answers": self._known[key]}) + "\n")
-        return [
-            Measured(*(torch.tensor(values, dtype=torch.float64) for values in answer))
+        answers = [
+            [torch.tensor(values, dtype=torch.float64) for values in answer]
             for answer in self._known[key]
+        ]
+        return [
+            Measured(kl_S, loss_S, dict(zip(self.distances, others, strict=True)))
+            for kl_S, loss_S, *others in answers
         ]
 
     def _walk(self, candidates: Sequence[Candidate]) -> list[Measured]:
@@ -117,6 +130,27 @@ class Prober:
         if learn is not None:
             learn.hidden.close()
         return self._compare(states, at)
+
+    def remeasure(self, shares: Mapping[str, Fraction]) -> dict[int, Tensor]:
+        """Return how far every block moves what passes it, once sites have lost some shares.
+
+        One walk of the model that is left, on the sequences that candidates are compared on.
+        """
+        candidate = Candidate(shares=shares)
+        stream = self.embed(self.tokens_ST)
+        found: dict[int, Tensor] = {}
+        with self.progress.stage("measure", len(self.blocks)) as stage:
+            for index in range(len(self.blocks)):
+                with self.blocks.open(index) as block:
+                    sites = {s.name: s for g in self.plan.groups[index] for s in g.sites}
+                    changing = _Changing(prober=self, block=block, stats=self.statistics(index))
+                    with changing.changed(_changes(candidate, sites)):
+                        seen = observe(block, stream, {}, dense=True)
+                    assert seen.residual is not None
+                    found[index] = seen.residual["residual"]
+                stage.advance(f"block {index}")
+        stream.hidden.close()
+        return found
 
     def _advance(
         self,
@@ -150,13 +184,14 @@ class Prober:
         with torch.no_grad(), self.blocks.trunk(head=True):
             for batch, ids_BT in enumerate(self.tokens_ST.split(sizes)):
                 others = [states[state][batch] for state in order]
-                found = distances(self.blocks, states[()][batch], others, ids_BT)
+                found = distances(self.blocks, states[()][batch], others, ids_BT, self.distances)
                 for state, each in zip(order, found, strict=True):
                     rows[state].append(each)
         answers = {
             state: Measured(
                 torch.cat([each.kl_B for each in found]) / num_predicted,
                 torch.cat([each.loss_B for each in found]) / num_predicted,
+                {n: torch.cat([each.means[n] for each in found]) for n in self.distances},
             )
             for state, found in rows.items()
         }
@@ -176,9 +211,9 @@ class _Changing:
         """Change linears of the block within a `with` body."""
         sites = {s.name: s for g in self.prober.plan.groups[self.block.index] for s in g.sites}
         linears = {name: [span.linear for span in sites[name].spans] for name, _, _ in changes}
-        before = {
-            name: self.block.weight(name).clone() for names in linears.values() for name in names
-        }
+        names = {name for names in linears.values() for name in names}
+        before = {name: self.block.weight(name).clone() for name in sorted(names)}
+        biases = self.block.biases_of(names)
         shares = {name: Fraction(amount) for name, kind, amount in changes if kind == "share"}
         self._cut({name: round_half_up(s * sites[name].num_units) for name, s in shares.items()})
         for name, kind, amount in changes:
@@ -190,18 +225,20 @@ class _Changing:
         finally:
             for linear, weight_OI in before.items():
                 self.block.replace(linear, weight_OI)
+            for param, bias in biases.items():
+                self.block.module.get_parameter(param).data.copy_(bias)
 
     def _cut(self, counts: Mapping[str, int]) -> None:
         """Cut the linears that a candidate names, all others stay."""
         prober, index = self.prober, self.block.index
         cutter = replace(prober.cutter, counts=counts, shrink=False)
-        learnt, prior = prober.gradients(index), prober.prior(index)
+        learnt, prior, outcome = prober.gradients(index), prober.prior(index), Outcome()
         for group in prober.plan.groups[index]:
             named = tuple(site for site in group.sites if site.name in counts)
             if named:
                 part = replace(group, sites=named)
-                stats = self.stats.get(group.tap, EMPTY)
-                cutter.cut(part, self.block, stats, prior, Outcome(), learnt)
+                cutter.cut(part, self.block, self.stats, prior, outcome, learnt)
+        cutter.finish(self.block, outcome, {})
 
     def _disturb(self, name: str, linear: str, scale: float) -> None:
         """Add noise that follows from the seed and the linear's name."""
@@ -224,10 +261,11 @@ def _after(state: State, change: tuple[Change, ...]) -> State:
     return (*state, change) if change else state
 
 
-def _digest(candidates: Sequence[Candidate]) -> str:
-    """Return a name for a round."""
+def _digest(candidates: Sequence[Candidate], distances: Sequence[str] = ()) -> str:
+    """Return a name for a round and what is measured in it."""
     data = [
         [sorted((k, str(v)) for k, v in c.shares.items()), sorted(c.noise.items())]
         for c in candidates
     ]
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:32]
+    asked = json.dumps([data, *distances] if distances else data)
+    return hashlib.sha256(asked.encode()).hexdigest()[:32]

@@ -55,9 +55,11 @@ def what_stays(
         for param, why in left_out(anatomy, anatomies.shapes[index]).items():
             names, before = rest.get(why, (set(), 0))
             rest[why] = (names | {param}, before + count(anatomies.shapes[index][param]))
-    covered = sum(site.num_weights for site in sites)
-    if not pruned:
-        covered = 0
+    covered = sum(
+        anatomies.blocks[index].linears[name].shape[0]
+        * anatomies.blocks[index].linears[name].shape[1]
+        for index, name in pruned
+    )
     rows = [Skipped(what=name, num_params=count(shape), reason="outside the blocks")
             for name, shape in anatomies.trunk.items()]  # fmt: skip
     for why, (names, size) in rest.items():
@@ -119,7 +121,10 @@ def most_statistics(
 ) -> int:
     """Return what the statistics of the block that needs most take up."""
     return max(
-        statistics_bytes(anatomy, {group.tap: tuple(needs) for group in here})
+        statistics_bytes(
+            anatomy,
+            {tap: tuple(needs) for group in here for tap in (group.tap, *group.around) if tap},
+        )
         for anatomy, here in zip(anatomies.blocks, groups, strict=True)
     )
 

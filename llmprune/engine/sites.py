@@ -6,23 +6,30 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from llmprune.arch.anatomy import Anatomy
+from llmprune.arch.couplings import DEPTHS
 from llmprune.arch.types import Coupling, Site, Span
 from llmprune.base.errors import RecipeError
-from llmprune.mask.pattern import Channels, NofM, Pattern, Tiles
+from llmprune.mask.pattern import NofM, Pattern, Tiles, Units
+
+if TYPE_CHECKING:
+    from llmprune.engine.shapes import Anatomies
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """Sites solved together: the readers of one tap, or the one site of a coupling.
 
-    `tap` is where their evidence is collected; `coupling` is set where whole units go.
+    `tap` is where their evidence is collected, "" where nothing is learnt of a unit; `coupling` is
+    set where whole units go, and `around` are then the taps of all its linears.
     """
 
     tap: str
     sites: tuple[Site, ...]
     coupling: Coupling | None = None
+    around: tuple[str, ...] = ()
 
 
 def is_skipped(linear: str, prefix: str, skip: Sequence[str]) -> bool:
@@ -38,8 +45,9 @@ def groups_of(
     Raises:
         RecipeError: the pattern does not fit the block's linears.
     """
-    if isinstance(pattern, Channels):
-        return _coupled(pattern, anatomy, block=block, prefix=prefix, skip=skip)
+    if isinstance(pattern, Units):
+        rows = [row for row in anatomy.couplings if row.name.partition(".")[0] in pattern.kinds]
+        return tuple(_coupled(row, anatomy, block=block, prefix=prefix, skip=skip) for row in rows)
     groups = []
     for tap in anatomy.taps:
         names = [name for name in tap.readers if not is_skipped(name, prefix, skip)]
@@ -81,36 +89,65 @@ def _weights(name: str, anatomy: Anatomy, block: int, prefix: str, pattern: Patt
 
 
 def _coupled(
-    pattern: Channels, anatomy: Anatomy, *, block: int, prefix: str, skip: Sequence[str]
-) -> tuple[Group, ...]:
+    coupling: Coupling, anatomy: Anatomy, *, block: int, prefix: str, skip: Sequence[str]
+) -> Group:
     """Return the group of a coupling, whose evidence is what its reader of units reads."""
-    coupling = next((row for row in anatomy.couplings if row.name == pattern.coupling), None)
-    if coupling is None:
-        raise RecipeError(
-            f"prune.pattern: this family has no {pattern.coupling!r} coupling in the family table, "
-            "so its channels cannot be removed. Use pattern unstructured or N:M, or add a Coupling "
-            "row."
-        )
-    if any(is_skipped(span.linear, prefix, skip) for span in coupling.spans):
-        raise RecipeError(
-            f"prune.skip leaves {prefix}* out, but a uniform result needs the same "
-            f"{coupling.config_key} in every block. Skip only linears outside {pattern.coupling!r}."
-        )
-    reader = next(span.linear for span in coupling.spans if span.axis == "in")
-    num_units = anatomy.linears[reader].shape[1]
-    cost = 0
     for span in coupling.spans:
-        rows, columns = anatomy.linears[span.linear].shape
-        cost += columns if span.axis == "out" else rows
+        if is_skipped(span.linear, prefix, skip):
+            raise RecipeError(
+                f"prune.skip leaves {prefix}{span.linear} out, but it is part of the units of "
+                f"{coupling.name!r}, which go whole. Skip linears that no unit has a part of, or "
+                "choose another --pattern."
+            )
+    cost = sum(span_cost(span, anatomy) for span in coupling.spans)
+    kind = coupling.name.partition(".")[0]
     site = Site(
         name=prefix + coupling.name,
         block=block,
         spans=coupling.spans,
-        num_units=num_units,
+        num_units=coupling.num_units,
         unit_cost=cost,
+        kind=kind,
+        num_groups=coupling.num_groups,
     )
-    tap = next(tap.name for tap in anatomy.taps if reader in tap.readers)
-    return (Group(tap=tap, sites=(site,), coupling=coupling),)
+    around = dict.fromkeys(anatomy.tap_of(span.linear).name for span in coupling.spans)
+    tap = "" if coupling.reader is None else anatomy.tap_of(coupling.reader).name
+    return Group(tap=tap, sites=(site,), coupling=coupling, around=tuple(around))
+
+
+def span_cost(span: Span, anatomy: Anatomy) -> int:
+    """Return the weights that one unit owns of a linear."""
+    rows, columns = anatomy.linears[span.linear].shape
+    if span.axis == "all":
+        return rows * columns
+    return span.width * (columns if span.axis == "out" else rows)
+
+
+def check_units(pattern: Pattern, groups: Sequence[Sequence[Group]], anatomies: Anatomies) -> None:
+    """Check that the model has units of every kind that a pattern names.
+
+    Raises:
+        RecipeError: it has not; says why, and which kinds it has.
+    """
+    if not isinstance(pattern, Units):
+        return
+    there = {site.kind for site in all_sites(groups)}
+    for kind in pattern.kinds:
+        if kind not in there:
+            blocks = anatomies.blocks
+            has = dict.fromkeys(row.name.partition(".")[0] for b in blocks for row in b.couplings)
+            why = next((block.lacks[kind] for block in blocks if kind in block.lacks), None)
+            because = f": {why}" if why else "; the table of families knows of none"
+            raise RecipeError(
+                f"prune.pattern: this {anatomies.model_type} model has no {kind} to "
+                f"remove{because}. It has: {', '.join(has)}. Choose among them, or --pattern "
+                "unstructured."
+            )
+
+
+def without_depth(sites: Iterable[Site]) -> list[Site]:
+    """Return the sites whose units lie beside one another in a block."""
+    return [site for site in sites if site.kind not in DEPTHS]
 
 
 def all_sites(groups: Iterable[Sequence[Group]]) -> list[Site]:

@@ -7,31 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
 from llmprune.arch.types import Coupling, Site
 from llmprune.catalog import Method
 from llmprune.engine.sites import Group
+from llmprune.engine.units import (
+    choose_units,
+    columns_kept,
+    compensate,
+    is_deep,
+    members_of,
+    sliced_masks,
+    unit_masks,
+    unit_scores,
+    zero_units,
+)
 from llmprune.mask.apply import masked
 from llmprune.mask.packed import PackedMask, pack, unpack
-from llmprune.mask.pattern import (
-    Channels,
-    GroupName,
-    NofM,
-    Pattern,
-    Tiles,
-    choose_keep,
-    pool,
-    tiles_kept,
-)
+from llmprune.mask.pattern import GroupName, NofM, Pattern, Tiles, Units, choose_keep, tiles_kept
 from llmprune.mask.permutation import permute_columns
 from llmprune.mask.pieces import PIECE
-from llmprune.mask.rank import keep_highest
-from llmprune.score import SCORES
+from llmprune.score import SCORES, score_row
 from llmprune.score.noise import seed_of
-from llmprune.solver import REFINEMENTS, SOLVERS
+from llmprune.solver import COMPENSATIONS, REFINEMENTS, SOLVERS
 from llmprune.solver.acceptance import accept
 from llmprune.solver.errors import relative, relative_error, row_errors
 from llmprune.solver.types import Choose, Fact, Settings, Solved
@@ -52,12 +53,18 @@ BLOCK_COLUMNS = 128  # judged together by a score that adapts, where the pattern
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What became of a block: rows for the report, masks by linear, kept units by site."""
+    """What became of a block: rows for the report, masks by linear, kept units by site.
+
+    Where whole units go, `cut_out` are couplings with the units kept, `unit_masks` (by linear,
+    relative to the block) what they leave, and `cleared` the linears of halves that go.
+    """
 
     rows: list[dict[str, object]] = field(default_factory=list)
     masks: dict[str, PackedMask] = field(default_factory=dict)
     kept_units: dict[str, Tensor] = field(default_factory=dict)
     cut_out: list[tuple[Coupling, Tensor]] = field(default_factory=list)
+    unit_masks: dict[str, Tensor] = field(default_factory=dict)
+    cleared: list[str] = field(default_factory=list)
     permuted: list[Order] = field(default_factory=list)
     touched: set[str] = field(default_factory=set)
     facts: dict[str, Fact] = field(default_factory=dict)
@@ -95,6 +102,8 @@ class Parts(NamedTuple):
 class Cutter:
     """All that decides a group: method, pattern, counts, whether units are cut out or zeroed.
 
+    `widths` is to how many units a coupling is filled up with zeros once units were cut out.
+
     `seed` is that of the run; scores that draw numbers get one of their own per linear. `stored` is
     the dtype that weights are written in, which updated ones are rounded to before they are judged.
     """
@@ -109,42 +118,74 @@ class Cutter:
     settings: Settings = field(default_factory=Settings)
     options: Mapping[str, float] = field(default_factory=dict)
     permute: bool = False
+    widths: Mapping[str, int] = field(default_factory=dict)
 
     def cut(
         self,
         group: Group,
         block: Block,
-        stats: Stats,
+        seen: Mapping[str, Stats],
         prior: Mapping[str, Tensor],
         outcome: Outcome,
         learnt: Mapping[str, Stats] | None = None,
     ) -> None:
-        """Decide and carry out one group.
+        """Decide one group and, but for whole units, carry it out: `finish` does that for these.
 
-        `prior` is the keep_OI of earlier prunings by linear; `learnt` what is known of single
-        linears (names relative to the block) beside the statistics of the tap.
+        `seen` holds the statistics of taps; `prior` is the keep_OI of earlier prunings by linear;
+        `learnt` what is known of single linears (names relative to the block) beside those.
         """
         if group.coupling is None:
+            stats = seen.get(group.tap, EMPTY)
             self._cut_weights(group, block, stats, prior, outcome, learnt or {})
         else:
-            self._cut_units(group, block, stats, prior, outcome)
+            self._cut_units(group, block, seen, outcome, learnt or {})
+
+    def finish(self, block: Block, outcome: Outcome, prior: Mapping[str, Tensor]) -> None:
+        """Cut out, or set to zero, the units that go of a block once all its groups are decided."""
+        if not isinstance(self.pattern, Units):
+            return
+        masks = outcome.unit_masks
+        if self.shrink:
+            for name, keep_OI in sliced_masks(prior, outcome.cut_out, block).items():
+                outcome.keep(name, keep_OI)
+        else:
+            for linear, keep_OI in masks.items():
+                earlier = prior.get(block.prefix + linear)
+                if earlier is not None:
+                    masks[linear] = keep_OI & earlier
+                outcome.keep(block.prefix + linear, masks[linear])
+        outcome.touched |= self._carry_out(block, outcome)
+
+    def _carry_out(self, block: Block, outcome: Outcome) -> set[str]:
+        """Cut units out or set them to zero; return the parameters that changed."""
+        changed = block.clear(outcome.cleared)
+        if self.shrink:
+            return changed | block.shrink(outcome.cut_out, self.widths)
+        return changed | zero_units(outcome.unit_masks, block)
 
     @property
     def updates(self) -> bool:
         """Tell whether weights that stay may change."""
-        return SOLVERS[self.method.solver].updates or self.method.repair is not None
+        solver = self.method.solver
+        updates = solver in COMPENSATIONS if self.pattern_is_units else SOLVERS[solver].updates
+        return updates or self.method.repair is not None
+
+    @property
+    def pattern_is_units(self) -> bool:
+        """Tell whether whole units go."""
+        return isinstance(self.pattern, Units)
 
     def redo(self, block: Block, outcome: Outcome) -> None:
         """Carry the same decisions out on another copy of the block, without deciding again."""
-        for coupling, kept in outcome.cut_out:
-            block.shrink(coupling, kept)
+        if self.pattern_is_units:
+            self._carry_out(block, outcome)
+            return
         for coupling, order in outcome.permuted:
             block.permute(coupling, order)
-        if not outcome.cut_out:
-            for linear, mask in outcome.masks.items():
-                name = linear.removeprefix(block.prefix)
-                keep_OI = unpack(mask.bits, mask.shape).to(block.device)
-                block.replace(name, masked(block.weight(name), keep_OI))
+        for linear, mask in outcome.masks.items():
+            name = linear.removeprefix(block.prefix)
+            keep_OI = unpack(mask.bits, mask.shape).to(block.device)
+            block.replace(name, masked(block.weight(name), keep_OI))
 
     def reorder_writers(self, block: Block, outcome: Outcome) -> None:
         """Put the rows of linears in the order that their readers' columns were put into."""
@@ -235,7 +276,7 @@ class Cutter:
         self, site: Site, parts: Parts, weight_OI: Tensor, stats: Stats, prior_OI: Tensor | None
     ) -> Choose:
         """Return how a linear's mask is chosen: at once, or column by column as a solver asks."""
-        assert not isinstance(self.pattern, Channels)
+        assert not isinstance(self.pattern, Units)
         if SCORES[parts.score].adaptive:
             return self._adaptive(site, parts.score, prior_OI)
         score_OI = self._scores(parts.score, weight_OI, stats, site.name)
@@ -253,7 +294,7 @@ class Cutter:
         Where an earlier pruning took more of some columns than their part, the others lose less.
         """
         pattern, total = self.pattern, self.counts[site.name]
-        assert site.shape is not None and not isinstance(pattern, Channels)
+        assert site.shape is not None and not isinstance(pattern, Units)
         height, width = site.shape
         removed = [0]
 
@@ -366,38 +407,57 @@ class Cutter:
         self,
         group: Group,
         block: Block,
-        stats: Stats,
-        prior: Mapping[str, Tensor],
+        seen: Mapping[str, Stats],
         outcome: Outcome,
+        learnt: Mapping[str, Stats],
     ) -> None:
+        """Decide which units of a coupling go, and make up for them in what reads them."""
         assert group.coupling is not None
         (site,) = group.sites
-        parts = self._parts(stats, group, {})
-        reader = next(span.linear for span in site.spans if span.axis == "in")
-        score_OU = self._scores(parts.score, block.weight(reader), stats, block.prefix + reader)
-        unit_score_U = pool(score_OU, self.method.pool)
         count = self.counts[site.name]
-        keep_U = keep_highest(unit_score_U[None], torch.tensor([count]))[0]
+        stats = seen.get(group.tap, EMPTY)
+        facts: dict[str, Any] = {}
+        fallback = None
+        keep_U = torch.full((site.num_units,), not is_deep(site) or not count)
+        if is_deep(site):
+            outcome.cleared += [span.linear for span in site.spans] if count else []
+        elif count:
+            method, fallback = self._unit_method(group, stats, learnt)
+            members = members_of(group, block, seen, learnt)
+            unit_score_U = unit_scores(
+                *(method, members, site, self.options),
+                draw=lambda linear: seed_of(self.seed, block.prefix + linear),
+            )
+            keep_U = choose_units(unit_score_U, count, site.num_groups).cpu()
+            if method.solver in COMPENSATIONS:
+                columns = block.anatomy.linears[str(group.coupling.reader)].shape[1]
+                keep_I = columns_kept(group.coupling, keep_U, columns)
+                facts, changed = compensate(
+                    *(method.solver, group.coupling, block, stats, keep_I),
+                    settings=self.settings,
+                    stored=self.stored,
+                )
+                outcome.touched |= changed
+        if count:
+            for linear, keep_OI in unit_masks(group, block, keep_U).items():
+                before = outcome.unit_masks.get(linear)
+                outcome.unit_masks[linear] = keep_OI if before is None else before & keep_OI
         kept = keep_U.nonzero().flatten()
         outcome.kept_units[site.name] = kept.to(torch.int32)
-        if self.shrink:
-            outcome.touched |= block.shrink(group.coupling, kept)
+        if not is_deep(site):
             outcome.cut_out.append((group.coupling, kept))
-            for span in site.spans:
-                if (earlier := prior.get(block.prefix + span.linear)) is not None:
-                    dim = 0 if span.axis == "out" else 1
-                    outcome.keep(block.prefix + span.linear, earlier.index_select(dim, kept))
-        else:
-            for span in site.spans:
-                weight_OI = block.weight(span.linear)
-                axis = keep_U[:, None] if span.axis == "out" else keep_U[None, :]
-                keep_OI = axis.expand_as(weight_OI)
-                block.replace(span.linear, masked(weight_OI, keep_OI))
-                earlier = prior.get(block.prefix + span.linear)
-                keep_OI = keep_OI if earlier is None else keep_OI & earlier.to(keep_OI.device)
-                outcome.keep(block.prefix + span.linear, keep_OI)
-                outcome.touched |= block.params_of({span.linear})
-        outcome.rows.append(_row(site, count, stats, parts.fallback, None))
+        error = facts.pop("error", None)
+        outcome.rows.append(_row(site, count, stats, fallback, error, facts=facts))
+
+    def _unit_method(
+        self, group: Group, stats: Stats, learnt: Mapping[str, Stats]
+    ) -> tuple[Method, str | None]:
+        """Return the method, or magnitudes where a score needs tokens and none came."""
+        row = score_row(self.method.score)
+        learns = any(STATISTICS[name].observe == "tap" for name in row.learnt)
+        if not learns or stats.num_tokens or not group.tap:
+            return self.method, None
+        return replace(self.method, score="magnitude", reduce="reader", solver="zero"), NO_TOKENS
 
     def _scores(self, score: str, weight_OI: Tensor, stats: Stats, linear: str) -> Tensor:
         """Return score_OI of one linear, known by its full name."""

@@ -30,8 +30,9 @@ from llmprune.engine.plan import Plan
 from llmprune.engine.probing import Prober
 from llmprune.engine.solving import EMPTY
 from llmprune.engine.target import meet_target
+from llmprune.engine.unit_survey import unit_profiles
 from llmprune.mask.counts import exact_sparsity, round_half_up
-from llmprune.mask.pattern import Tiles, pool_tiles
+from llmprune.mask.pattern import Tiles, Units, pool_tiles
 from llmprune.stats.types import Stats
 from llmprune.walk.block import Blocks
 from llmprune.walk.forward import Stream
@@ -111,7 +112,10 @@ def take_survey(plan: Plan, around: Surroundings, *, record: Path | None = None)
     profiles, statistics = _profiles(plan, around)
     row = ALLOCATIONS[plan.allocation]
     probe = _prober(plan, around, statistics, "search") if "probe" in row.needs else None
-    plan = plan.with_profiles(profiles, probe)
+    again = None
+    if "remeasure" in row.needs:
+        again = _prober(plan, around, statistics, "search").remeasure
+    plan = plan.with_profiles(profiles, probe, again)
     if row.judged:
         judge = _prober(plan, around, statistics, "verdict")
         plan = _judged(plan, judge, around.progress)
@@ -196,6 +200,9 @@ def _profiles(
     """
     row = ALLOCATIONS[plan.allocation]
     profile = row.profile
+    if isinstance(plan.pattern, Units):
+        profiles, units = unit_profiles(plan, around)
+        return profiles, dict(units)
     if profile is not None and profile.ranked:
         return _lowest(plan, around, profile), {}
     masks_by = plan.probe_needs
@@ -353,7 +360,7 @@ def before_the_cut(
         around.folder.mkdir(parents=True, exist_ok=True)
     if plan.parts.backward:
         around = replace(around, gradients=_gradients(plan, around).of)
-    if plan.prune.target:
+    if plan.searches:
         if question_NT is None:
             raise RecipeError(
                 "prune.target: there is no text to measure perplexity on. The recipe must have a "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, assert_never
@@ -15,6 +16,17 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor
 
+from llmprune.arch.couplings import (
+    ATTENTION,
+    BLOCK,
+    DEPTHS,
+    EXPERT_CHANNELS,
+    EXPERTS,
+    FFN,
+    HEADS,
+    QUERY_HEADS,
+    WIDTHS,
+)
 from llmprune.base.errors import RecipeError
 from llmprune.base.registry import unknown
 from llmprune.mask.counts import spread
@@ -67,32 +79,46 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Channels:
-    """Whole channels of a coupling go, equally many in every block: rows of the linears that write
-    them and the column of the one that reads them."""
+class Units:
+    """Whole units go, of these kinds: rows and columns of several linears, halves, blocks."""
 
-    coupling: str
+    kinds: tuple[str, ...]
 
     @property
     def sparsity(self) -> None:
         """The sparsity that the pattern fixes: none."""
         return None
 
+    @property
+    def deep(self) -> bool:
+        """Tell whether whole halves or blocks may go."""
+        return any(kind in DEPTHS for kind in self.kinds)
 
-Pattern = Unstructured | NofM | Tiles | Channels
+    @property
+    def whole(self) -> bool:
+        """Tell whether units run through all blocks, as hidden channels and token ids do."""
+        return self.kinds[0] in WHOLE
 
-_NAMED: dict[str, Pattern] = {
-    "unstructured": Unstructured(),
-    "ffn-channels": Channels(coupling="ffn"),
-}
+
+Pattern = Unstructured | NofM | Tiles | Units
+
+WHOLE = ("hidden", "vocabulary")
+_PLURAL: dict[str, tuple[str, ...]] = {"sublayers": (ATTENTION, FFN), "blocks": (BLOCK,)}
+_UNITS: dict[str, tuple[str, ...]] = (
+    {kind: (kind,) for kind in (*WIDTHS, ATTENTION, FFN)}
+    | _PLURAL
+    | {kind: (kind,) for kind in WHOLE}
+)
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Return the pattern that a text names: "unstructured", "N:M", "HxW" or "ffn-channels".
+    """Return the pattern that a text names: "unstructured", "N:M", "HxW", or kinds of unit joined
+    by a plus, such as "ffn-channels+heads".
 
     Raises:
         UnknownName: no pattern has this name.
-        RecipeError: N:M that keeps nothing, or everything; tiles of fewer than two weights.
+        RecipeError: N:M that keeps nothing, or everything; tiles of fewer than two weights; kinds
+            of unit that do not go together.
 
     >>> parse_pattern("2:4").sparsity
     Fraction(1, 2)
@@ -109,9 +135,7 @@ def parse_pattern(text: str) -> Pattern:
         return tile
     ratio = re.fullmatch(r"([0-9]+):([0-9]+)", text)
     if ratio is None:
-        if text not in _NAMED:
-            raise unknown("pattern", text, [*_NAMED, "2:4", "4:8", "N:M", "16x16", "HxW"])
-        return _NAMED[text]
+        return Unstructured() if text == "unstructured" else _units(text)
     n, m = int(ratio[1]), int(ratio[2])
     if not 0 < n < m:
         meant = f"{m}:{n}" if 0 < m < n else f"{m // 2}:{m}" if m > 1 else "2:4"
@@ -120,6 +144,28 @@ def parse_pattern(text: str) -> Pattern:
             f"consecutive weights; did you mean {meant}?"
         )
     return NofM(n=n, m=m)
+
+
+def _units(text: str) -> Units:
+    """Return the pattern of kinds of unit joined by a plus."""
+    names = text.split("+")
+    for name in names:
+        if name not in _UNITS:
+            known = ["unstructured", *_UNITS, "2:4", "4:8", "N:M", "16x16", "HxW"]
+            raise unknown("pattern", name, known)
+    kinds = tuple(dict.fromkeys(kind for name in names for kind in _UNITS[name]))
+    for one, other in ((HEADS, QUERY_HEADS), (EXPERTS, EXPERT_CHANNELS), *_with_whole(kinds)):
+        if one in kinds and other in kinds:
+            raise RecipeError(
+                f"pattern: {text!r} asks for {one} and {other} at once, which lie across each "
+                f"other. Prune one kind, then the result by the other."
+            )
+    return Units(kinds=kinds)
+
+
+def _with_whole(kinds: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the pairs of a kind that runs through all blocks with every other kind."""
+    return [(one, other) for one in WHOLE for other in kinds if other != one]
 
 
 def choose_keep(

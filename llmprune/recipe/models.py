@@ -22,12 +22,14 @@ from pydantic import (
 )
 
 from llmprune.base.errors import UnknownName
+from llmprune.catalog import METHODS
+from llmprune.catalog.types import UNITS
 from llmprune.recipe.dialect import dump
 from llmprune.recipe.effort import beside
+from llmprune.recipe.targets import TARGETS, amount_of
 
 NAME, MIX = "<name>", "<mix>"  # the two forms of calibration.data, for pydantic's error paths
 PARTS = ("split", "config", "revision", "column")
-PATTERNS = ("unstructured", "N:M", "HxW", "ffn-channels")
 MOST = 0.9  # the highest sparsity that a search for a target looks at, unless a recipe says
 
 _SIZE = re.compile(r"\d+(\.\d+)?[KMG]i?B", re.IGNORECASE)
@@ -105,7 +107,7 @@ class PruneStep(_Part):
 
     method: str = "wanda"
     pattern: str = "unstructured"
-    target: dict[Literal["ppl"], str] | None = None
+    target: dict[str, str] | None = None
     sparsity: float = Field(default=None, validate_default=True)
     group: Literal["row", "matrix", "mass"] | None = None
     allocation: str | None = None
@@ -114,12 +116,14 @@ class PruneStep(_Part):
     skip: tuple[str, ...] = ()
     propagate: Literal["pruned", "dense"] = "pruned"
     form: Literal["auto", "masked", "shrunk"] = "auto"
+    tier: Literal["auto", "E0", "E1", "E2", "E3"] = "auto"
     multiple: int | None = Field(default=None, ge=1)
     regrow: bool = False
     effort: Literal["fast", "good", "best"] | None = None
     solver: str | None = None
     refine: str | None = None
     repair: str | None = None
+    reduce: Literal["reader", "sum", "mean", "max"] | None = None
     permute: bool = False
     damping: float = Field(default=0.01, gt=0, le=1)
     damp: Literal["mean", "diag"] = "mean"
@@ -129,10 +133,15 @@ class PruneStep(_Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_dial_sets_what_is_not_given(cls, step: Any) -> Any:
-        if not isinstance(step, dict) or step.get("effort") is None:
+    def _dial_and_method_set_what_is_not_given(cls, step: Any) -> Any:
+        if not isinstance(step, dict):
             return step
-        return {**beside(step), **step}
+        if step.get("effort") is not None:
+            step = {**beside(step), **step}
+        method = METHODS.get(step.get("method", "wanda"))
+        if method is not None:
+            step = {"pattern": method.pattern, "propagate": method.propagate, **step}
+        return step
 
     @field_validator("pattern")
     @classmethod
@@ -151,11 +160,12 @@ class PruneStep(_Part):
                     f"'{pattern}' is no tile. HxW removes whole tiles of H outputs by W inputs, "
                     "as in '16x16'; for single weights type 'unstructured'."
                 )
-        elif pattern not in PATTERNS or pattern in ("N:M", "HxW"):
+        elif pattern != "unstructured" and not set(pattern.split("+")) <= set(UNITS):
             raise UnknownName(
-                f"'{pattern}' is no pattern. There are: unstructured, ffn-channels, N:M such as "
-                "2:4, which keeps N of every M weights, and HxW such as 16x16, which removes "
-                "whole tiles of H outputs by W inputs."
+                f"'{pattern}' is no pattern. There are: unstructured, N:M such as 2:4, which keeps "
+                "N of every M weights, HxW such as 16x16, which removes whole tiles of H outputs "
+                f"by W inputs, and units: {', '.join(UNITS)}, or several with a plus, such as "
+                "ffn-channels+heads."
             )
         return pattern
 
@@ -165,18 +175,34 @@ class PruneStep(_Part):
         if target is None:
             return None
         pairs = list(target.items()) if isinstance(target, dict) else []
-        if len(pairs) != 1 or pairs[0][0] != "ppl" or allowed_loss(pairs[0][1]) is None:
+        if len(pairs) != 1 or pairs[0][0] not in TARGETS:
+            known = "; ".join(f"{key}, {what}" for key, what in TARGETS.items())
+            raise ValueError(
+                f"{target!r} is no target. Give one: {known}. Type `target: {{ppl: +5%}}` or "
+                "`--target ppl=+5%`."
+            )
+        key, text = pairs[0]
+        pattern = info.data.get("pattern", "unstructured")
+        if key == "ppl" and allowed_loss(text) is None:
             raise ValueError(
                 f"{target!r} is no target. There is ppl, what perplexity may rise to: type "
                 "`target: {ppl: +5%}` or `--target ppl=+5%` for a twentieth more than the dense "
                 "model's, or `ppl=12.5` for the value itself."
             )
+        if key != "ppl":
+            amount_of(key, str(text))
+            if pattern == "unstructured" or pattern[:1].isdigit():
+                raise ValueError(
+                    f"{key} changes only where tensors get smaller, and pattern '{pattern}' leaves "
+                    "zeros in tensors of the old shape. Type --pattern ffn-channels, or others of "
+                    "whole units."
+                )
         if _n_of_m(info.data.get("pattern", "1:2")):
             raise ValueError(
                 f"pattern '{info.data['pattern']}' fixes the sparsity, so there is none to find. "
                 "Leave the target out, or choose pattern unstructured."
             )
-        return {"ppl": str(pairs[0][1])}
+        return {key: str(text)}
 
     @field_validator("sparsity", mode="before")
     @classmethod

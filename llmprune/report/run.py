@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from llmprune.base.progress import Progress
     from llmprune.engine.plan import Plan
+    from llmprune.engine.shipping import Shipment
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,6 +104,15 @@ class Report:
         return report_html(self.data)
 
 
+def layout_data(shipment: Shipment) -> dict[str, Any]:
+    """Return what the blocks of a shrunk result are: the source's, their sizes, what they lack."""
+    return {
+        "blocks": [block.source for block in shipment.layout.blocks],
+        "sizes": [dict(block.sizes) for block in shipment.layout.blocks],
+        "without": [list(block.without) for block in shipment.layout.blocks],
+    }
+
+
 def report_data(
     plan: Plan,
     rows: list[dict[str, Any]],
@@ -114,7 +124,7 @@ def report_data(
 ) -> dict[str, Any]:
     """Return what report.json holds, without proof and perplexity."""
     removed = sum(row["removed_weights"] for block in rows for row in block["sites"])
-    shrunk = plan.form == "shrunk"
+    shrunk, shipment = plan.form == "shrunk", plan.shipment
     return {
         "llmprune": __version__,
         "out": plan.out,
@@ -129,12 +139,14 @@ def report_data(
         "repair": plan.method.repair,
         "permute": plan.prune.permute,
         "form": plan.form,
-        "tier": plan.tier,
+        "tier": shipment.tier if shipment else "E0",
+        "tier_reasons": dict(shipment.reasons) if shipment else {},
+        "layout": layout_data(shipment) if shipment and shrunk else None,
         "sparsity": removed / plan.eligible,
         "sparsity_asked": plan.prune.sparsity,
         "sparsity_of_all": removed / plan.num_params,
         "parameters_before": plan.num_params,
-        "parameters_after": plan.num_params - (removed if shrunk else 0),
+        "parameters_after": shipment.num_params if shipment and shrunk else plan.num_params,
         "run": dict(fixed),
         "resumed_after": resumed_after,
         "seconds": dict(seconds),

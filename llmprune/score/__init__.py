@@ -1,4 +1,4 @@
-"""How much each weight matters, by the name of the score."""
+"""How much each weight or whole unit matters, by the name of the score."""
 
 from __future__ import annotations
 
@@ -15,8 +15,26 @@ from llmprune.score.gradient import (
     taylor,
 )
 from llmprune.score.magnitude import absolute
+from llmprune.score.members import UnitScore
 from llmprune.score.noise import uniform_noise
+from llmprune.score.similarity import angle, influence
 from llmprune.score.types import Score
+from llmprune.score.unit_activation import GAMMA, cfsp, mean_magnitude
+from llmprune.score.unit_curvature import DAMPING, unit_surgeon
+from llmprune.score.unit_gradient import (
+    hesso,
+    taylor_first,
+    taylor_mixed,
+    taylor_second,
+    taylor_vector,
+)
+from llmprune.score.unit_magnitude import relative_magnitude
+from llmprune.score.variance import (
+    fluctuation,
+    published_fluctuation,
+    weighted_fluctuation,
+    weighted_norm,
+)
 
 SCORES: Registry[Score] = Registry(
     "score",
@@ -112,3 +130,110 @@ SCORES: Registry[Score] = Registry(
         ),
     },
 )
+
+UNIT_SCORES: Registry[UnitScore] = Registry(
+    "score",
+    {
+        "influence": UnitScore(
+            fn=influence,
+            needs=("residual",),
+            paper="Men et al., 2024: ShortGPT: Layers in Large Language Models are More Redundant "
+            "Than You Expect",
+        ),
+        "angle": UnitScore(
+            fn=angle,
+            needs=("residual",),
+            paper="Gromov et al., 2024: The Unreasonable Ineffectiveness of the Deeper Layers",
+        ),
+        "flap": UnitScore(
+            fn=weighted_fluctuation,
+            needs=("col_var",),
+            paper="An et al., 2024: Fluctuation-based Adaptive Structured Pruning for Large "
+            "Language Models",
+        ),
+        "flap-published": UnitScore(
+            fn=published_fluctuation,
+            needs=("col_var",),
+            paper="An et al., 2024: Fluctuation-based Adaptive Structured Pruning for Large "
+            "Language Models",
+        ),
+        "flap-ifv": UnitScore(
+            fn=fluctuation,
+            needs=("col_var",),
+            paper="An et al., 2024: Fluctuation-based Adaptive Structured Pruning for Large "
+            "Language Models",
+        ),
+        "flap-wifn": UnitScore(
+            fn=weighted_norm,
+            needs=("col_sq",),
+            paper="An et al., 2024: Fluctuation-based Adaptive Structured Pruning for Large "
+            "Language Models",
+        ),
+        "cfsp": UnitScore(
+            fn=cfsp,
+            needs=("col_sq",),
+            paper="Wang et al., 2025: CFSP: An Efficient Structured Pruning Framework for LLMs "
+            "with Coarse-to-Fine Activation Information",
+            options={"gamma": GAMMA},
+        ),
+        "minitron": UnitScore(
+            fn=mean_magnitude,
+            needs=("col_abs",),
+            paper="Muralidharan et al., 2024: Compact Language Models via Pruning and Knowledge "
+            "Distillation",
+        ),
+        "taylor-vector": UnitScore(
+            fn=taylor_vector,
+            needs=("grad_sum",),
+            paper="Ma et al., 2023: LLM-Pruner: On the Structural Pruning of Large Language Models",
+            everywhere=True,
+        ),
+        "taylor-1": UnitScore(
+            fn=taylor_first,
+            needs=("grad_sum",),
+            paper="Ma et al., 2023: LLM-Pruner: On the Structural Pruning of Large Language Models",
+            everywhere=True,
+        ),
+        "taylor-2": UnitScore(
+            fn=taylor_second,
+            needs=("grad_sq",),
+            paper="Ma et al., 2023: LLM-Pruner: On the Structural Pruning of Large Language Models",
+            everywhere=True,
+        ),
+        "taylor-mix": UnitScore(
+            fn=taylor_mixed,
+            needs=("grad_sum", "grad_sq"),
+            paper="Ma et al., 2023: LLM-Pruner: On the Structural Pruning of Large Language Models",
+            everywhere=True,
+        ),
+        "hesso": UnitScore(
+            fn=hesso,
+            needs=("grad_sum",),
+            paper="Chen et al., 2024: HESSO: Towards Automatic Efficient and User Friendly Any "
+            "Neural Network Training and Pruning",
+            everywhere=True,
+        ),
+        "obs-units": UnitScore(
+            fn=unit_surgeon,
+            needs=("gram",),
+            paper="Wang et al., 2024: Structurally Prune Anything: Any Architecture, Any "
+            "Framework, Any Time",
+            options={"damping": DAMPING},
+        ),
+        "dimap-units": UnitScore(
+            fn=relative_magnitude,
+            needs=(),
+            paper="He & Zhou, 2024: Data-independent Module-Aware Pruning for Hierarchical Vision "
+            "Transformers",
+        ),
+    },
+)
+
+
+def score_row(name: str) -> Score | UnitScore:
+    """Return the row of a score, of units or of weights.
+
+    Raises:
+        UnknownName: neither table has it.
+    """
+    return UNIT_SCORES.get(name) or SCORES[name]

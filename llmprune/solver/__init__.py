@@ -5,10 +5,11 @@ from __future__ import annotations
 from llmprune.base.registry import Registry
 from llmprune.solver.admm import alps
 from llmprune.solver.columnwise import sweep_columns
+from llmprune.solver.compensating import fitted, fitted_with_bias, shifted
 from llmprune.solver.dsnot import grow_and_prune
 from llmprune.solver.least_squares import fit_supports
 from llmprune.solver.swaps import swap, swap_updated
-from llmprune.solver.types import Refinement, Solver
+from llmprune.solver.types import Compensation, Refinement, Solver
 from llmprune.solver.zero import zero_pruned
 
 SOLVERS: Registry[Solver] = Registry(
@@ -56,6 +57,30 @@ REFINEMENTS: Registry[Refinement] = Registry(
             fn=swap_updated,
             needs=("gram",),
             paper="exchanges that lower the exact error after a least-squares update",
+        ),
+    },
+)
+
+COMPENSATIONS: Registry[Compensation] = Registry(
+    "prune.solver",
+    {
+        "least-squares": Compensation(
+            fn=fitted,
+            needs=("gram",),
+            paper="the least-squares fit of what reads the units, by the Gram matrix of its inputs",
+        ),
+        "bias-shift": Compensation(
+            fn=shifted,
+            needs=("col_mean",),
+            bias=True,
+            paper="An et al., 2024: Fluctuation-based Adaptive Structured Pruning for Large "
+            "Language Models",
+        ),
+        "least-squares-bias": Compensation(
+            fn=fitted_with_bias,
+            needs=("gram", "col_mean"),
+            bias=True,
+            paper="the least-squares fit with an intercept",
         ),
     },
 )

@@ -98,3 +98,28 @@ class Refinement:
     fn: Callable[[Tensor, Tensor, Stats, int | None, Settings | None], Tensor]
     needs: tuple[str, ...]
     paper: str
+
+
+class Compensated(NamedTuple):
+    """The linear that reads units once some went: zeros in their columns, and what its bias gains.
+
+    `keep_I` says which columns stayed, where the compensation chose them itself.
+    """
+
+    weight_OI: Tensor
+    bias_O: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compensation:
+    """One row of the table of what makes up for whole units that go.
+
+    `fn(weight_OI, stats, keep_I, settings)` sees the linear that reads the units and the statistics
+    of its inputs; it changes no argument. With `bias` the linear must have a bias, or a config key
+    that gives it one.
+    """
+
+    fn: Callable[[Tensor, Stats, Tensor, Settings], Compensated]
+    needs: tuple[str, ...]
+    paper: str
+    bias: bool = False

@@ -10,7 +10,8 @@ from llmprune.stats.gradients import (
     region_squares,
 )
 from llmprune.stats.gram import GramMatrix
-from llmprune.stats.moments import ColumnMeans, ColumnSquares, ColumnVariances
+from llmprune.stats.moments import ColumnMagnitudes, ColumnMeans, ColumnSquares, ColumnVariances
+from llmprune.stats.residual import ResidualSums
 from llmprune.stats.types import Statistic
 
 STATISTICS: Registry[Statistic] = Registry(
@@ -19,6 +20,7 @@ STATISTICS: Registry[Statistic] = Registry(
         "col_sq": Statistic(accumulator=ColumnSquares, observe="tap", shape="(I,)"),
         "col_mean": Statistic(accumulator=ColumnMeans, observe="tap", shape="(I,)"),
         "col_var": Statistic(accumulator=ColumnVariances, observe="tap", shape="(I,)", itemsize=16),
+        "col_abs": Statistic(accumulator=ColumnMagnitudes, observe="tap", shape="(I,)"),
         "gram": Statistic(accumulator=GramMatrix, observe="tap", shape="(I, I)", itemsize=4),
         "grad_sum": Statistic(
             accumulator=gradient_sum, observe="backward", shape="(O, I)", itemsize=4
@@ -29,6 +31,7 @@ STATISTICS: Registry[Statistic] = Registry(
         "grad_sq": Statistic(
             accumulator=gradient_squares, observe="backward", shape="(O, I)", itemsize=4
         ),
+        "residual": Statistic(accumulator=ResidualSums, observe="residual", shape="(4,)"),
         "region_sq": Statistic(
             accumulator=region_squares, observe="block_gradient", shape="(O, I)", itemsize=4
         ),

@@ -147,6 +147,51 @@ class ColumnVariances:
         )
 
 
+class ColumnMagnitudes:
+    """Add up the squared mean magnitude of every input column of each sequence: `col_abs` (I,),
+    float64.
+
+    The mean is over the tokens of one sequence, so `update` must be given whole sequences (B, T,
+    I); tokens without sequences (T, I), as an expert gets them, count as one.
+
+    Source: Muralidharan et al., Compact Language Models via Pruning and Knowledge Distillation
+    (the mean over tokens, the l2 norm over sequences: the root of this sum).
+
+    >>> seen = ColumnMagnitudes()
+    >>> seen.update(torch.tensor([[[2.0, 0.0], [-4.0, 0.0]], [[4.0, 1.0], [4.0, -1.0]]]))
+    >>> seen.result()["col_abs"]
+    tensor([25.,  1.], dtype=torch.float64)
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._sum_I: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Add the sequences of `x` (..., T, I), of any float dtype; `x` is not changed."""
+        x_BTI = x.detach().flatten(0, -3) if x.dim() > 3 else x.detach()
+        for sequence_TI in x_BTI if x.dim() > 2 else (x_BTI,):
+            total_I: Tensor | None = None
+            for part_TI in _chunks(sequence_TI):
+                total_I = _added(total_I, _sum(part_TI.abs()))
+            if total_I is not None:
+                mean_I = total_I / len(sequence_TI)
+                self._sum_I = _added(self._sum_I, mean_I.square())
+                self.num_tokens += len(sequence_TI)
+
+    def merge(self, other: Self) -> None:
+        """Add the sums of another accumulator."""
+        if other._sum_I is not None:
+            self._sum_I = _added(self._sum_I, other._sum_I)
+            self.num_tokens += other.num_tokens
+
+    def result(self) -> Stats:
+        """Return `col_abs` and the number of tokens; no statistic where no token came."""
+        if self._sum_I is None:
+            return Stats(num_tokens=0, values={})
+        return Stats(num_tokens=self.num_tokens, values={"col_abs": self._sum_I.clone()})
+
+
 def _chunks(x: Tensor) -> Iterator[Tensor]:
     """Yield the tokens of `x` (..., I) as pieces (T, I) of a few MB, float32 or float64."""
     x_TI = x.detach().reshape(-1, x.shape[-1])

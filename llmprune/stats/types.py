@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from torch import Tensor
 
@@ -59,13 +59,14 @@ class Accumulator(Protocol):
 class Statistic:
     """One row of the table of statistics: who collects it, where it is seen, how it is shaped.
 
-    At a "tap" the accumulator is given activations (..., I). Of gradients it is given those of one
+    At a "tap" the accumulator is given activations (..., I), of a "residual" what a block reads and
+    returns, of "routing" what experts are given. Of gradients it is given those of one
     sequence, grad_OI by linear: of the model's loss ("backward", before the first cut), or of the
     norm of the block's own output ("block_gradient").
     """
 
-    accumulator: Callable[[], Accumulator]
-    observe: Literal["tap", "block_gradient", "backward"]
+    accumulator: Callable[[], Any]
+    observe: Literal["tap", "residual", "routing", "block_gradient", "backward"]
     shape: str
     itemsize: int = 8
 

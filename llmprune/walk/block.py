@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmprune.arch.anatomy import Anatomy
 from llmprune.arch.types import Coupling, Family
 from llmprune.base.errors import NumericalError
+from llmprune.checkpoint.shrink import Kept, axes_of, take
 from llmprune.checkpoint.skeleton import fill
 
 if TYPE_CHECKING:
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A block on the device; `prefix` starts the names of its parameters in the model."""
+    """A block on the device; `prefix` starts the names of its parameters in the model.
+
+    Where its modules are those of the result (`resident`), their sizes follow when it shrinks.
+    """
 
     index: int
     prefix: str
@@ -26,6 +31,8 @@ class Block:
     anatomy: Anatomy
     device: torch.device
     held: dict[str, Tensor] | None = None
+    resident: bool = False
+    added: dict[str, Tensor] = field(default_factory=dict)
 
     def holding(self) -> Block:
         """Return the same block, computing as before: new weights wait for `settle`."""
@@ -81,30 +88,73 @@ class Block:
         """Return the parameters (relative names) that hold these linears."""
         return {self.anatomy.linears[name].param for name in linears}
 
-    def shrink(self, coupling: Coupling, kept_K: Tensor) -> set[str]:
-        """Keep only these units (indices) of a coupling; return the parameters that changed.
+    def shrink(self, kept: Kept, widths: Mapping[str, int] | None = None) -> set[str]:
+        """Keep only some units (indices) of couplings; return the parameters that changed.
 
-        Rows, columns and biases are sliced, and the modules' own sizes follow.
+        Rows, columns and biases are cut out and, where `widths` names the coupling, filled up with
+        zeros.
         """
-        changed = set()
-        for span in coupling.spans:
-            linear = self.anatomy.linears[span.linear]
-            axis = 0 if (span.axis == "out") != linear.transposed else 1
-            changed.add(self._slice(linear.param, axis, kept_K))
-            bias = linear.param.removesuffix("weight") + "bias"
-            if span.axis == "out" and bias in dict(self.module.named_parameters()):
-                changed.add(self._slice(bias, 0, kept_K))
-        for path, attribute in coupling.module_sizes:
-            module = self.module.get_submodule(path)
-            if hasattr(module, attribute):
-                setattr(module, attribute, len(kept_K))
+        params = {name: value.data for name, value in self.module.named_parameters()}
+        shapes = {name: tuple(value.shape) for name, value in params.items()}
+        axes = axes_of(kept, self.anatomy.linears, shapes, widths)
+        for (param, axis), index_N in axes.items():
+            params[param] = take(params[param], axis, index_N)
+        changed = {param for param, _ in axes}
+        fill(self.module, {param: params[param] for param in changed})
+        if self.resident:
+            self._resize(kept)
         return changed
+
+    def _resize(self, kept: Kept) -> None:
+        """Let modules know how many units they have."""
+        for coupling, kept_K in kept:
+            for path, attribute, per_unit in coupling.module_sizes:
+                module = self.module.get_submodule(path)
+                if hasattr(module, attribute):
+                    setattr(module, attribute, per_unit * len(kept_K))
+
+    def clear(self, linears: Iterable[str]) -> set[str]:
+        """Set linears and their biases to zero; return the parameters that changed."""
+        names = set(linears)
+        for name in names:
+            self.weight(name).zero_()
+        biases = self.biases_of(names)
+        for param in biases:
+            self.module.get_parameter(param).data.zero_()
+        return self.params_of(names) | biases.keys()
+
+    def biases_of(self, linears: Iterable[str]) -> dict[str, Tensor]:
+        """Return copies of the biases that linears add, by parameter."""
+        params = dict(self.module.named_parameters())
+        found = {}
+        for name in linears:
+            stem = self.anatomy.linears[name].param.removesuffix("weight").removesuffix(".")
+            for param in (f"{stem}.bias", f"{stem}_bias"):
+                if param in params:
+                    found[param] = params[param].data.clone()
+        return found
+
+    def add_to_bias(self, linear: str, bias_O: Tensor) -> str:
+        """Add to the bias of a linear, which it has or gets; return the parameter's name.
+
+        A bias that the module has no place for is held in `added` until the block is written.
+        """
+        param = self.anatomy.linears[linear].param
+        name = param.removesuffix("weight") + "bias"
+        weight = self.module.get_parameter(param).data
+        bias_O = bias_O.to(weight)
+        if name in dict(self.module.named_parameters()):
+            self.module.get_parameter(name).data += bias_O
+        else:
+            self.added[name] = bias_O
+        return name
 
     def coupling_read_by(self, linear: str) -> Coupling | None:
         """Return the coupling whose units this linear reads, single columns, if there is one."""
         for coupling in self.anatomy.couplings:
-            if any(span.linear == linear and span.axis == "in" for span in coupling.spans):
-                return coupling
+            for span in coupling.spans:
+                if (span.linear, span.axis, span.width) == (linear, "in", 1):
+                    return coupling
         return None
 
     def permute(
@@ -115,23 +165,9 @@ class Block:
         The block computes the same. With `written_only` the linears that read them are left: their
         columns are in order already.
         """
-        changed = set()
-        for span in coupling.spans:
-            if span.axis == "in" and written_only:
-                continue
-            linear = self.anatomy.linears[span.linear]
-            axis = 0 if (span.axis == "out") != linear.transposed else 1
-            changed.add(self._slice(linear.param, axis, order_U))
-            bias = linear.param.removesuffix("weight") + "bias"
-            if span.axis == "out" and bias in dict(self.module.named_parameters()):
-                changed.add(self._slice(bias, 0, order_U))
-        return changed
-
-    def _slice(self, param: str, axis: int, kept_K: Tensor) -> str:
-        """Replace a parameter by the kept slices of one axis."""
-        value = self.module.get_parameter(param).data
-        fill(self.module, {param: value.index_select(axis, kept_K.to(value.device)).contiguous()})
-        return param
+        spans = [span for span in coupling.spans if not (written_only and span.axis == "in")]
+        moved = replace(coupling, spans=tuple(spans), module_sizes=())
+        return self.shrink([(moved, order_U)])
 
 
 class Blocks(Protocol):

@@ -18,6 +18,7 @@ from llmprune.arch.products import Products, slices
 from llmprune.base.errors import NumericalError, UnsupportedModel
 from llmprune.calibration.replay import call
 from llmprune.stats import STATISTICS
+from llmprune.stats.residual import ResidualSums
 from llmprune.stats.types import Stats
 from llmprune.walk.block import Block
 from llmprune.walk.forward import Stream
@@ -31,12 +32,14 @@ class Seen:
     """Statistics by tap, and the dense output of the first micro-batch.
 
     `influence` is the share of that output's energy that the block itself adds to its input, a mean
-    over tokens: near 0 for a block that hardly changes what passes through it.
+    over tokens: near 0 for a block that hardly changes what passes through it. `residual` says more
+    of that, where all micro-batches ran to their end.
     """
 
     stats: Mapping[str, Stats]
     dense_output: Tensor
     influence: float
+    residual: Stats | None = None
 
 
 class _Complete(Exception):
@@ -100,7 +103,7 @@ def observe(
     pointers = _pointers(block)
     first: Tensor | None = None
     counts: Counter[str] | None = None
-    influence = 0.0
+    influence, residual = 0.0, ResidualSums()
     wanted = stream.arguments if needs or dense else stream.arguments[:1]
     with torch.no_grad():
         for batch, arguments in enumerate(wanted):
@@ -115,12 +118,14 @@ def observe(
                 first, counts = output.clone(), watch.counts
                 influence = _influence(hidden, output)
             if dense:
+                residual.add(hidden, output)
                 stream.hidden.set(batch, output)
     assert first is not None and counts is not None
     stats = {tap: _merge(each) for tap, each in accumulators.items()}
     _check_read(block, stats, counts)
     _check_finite(block, stats)
-    return Seen(stats=stats, dense_output=first, influence=influence)
+    moved = residual.result() if dense else None
+    return Seen(stats=stats, dense_output=first, influence=influence, residual=moved)
 
 
 def in_rounds(
@@ -147,7 +152,10 @@ def statistics_bytes(anatomy: Anatomy, needs: Mapping[str, tuple[str, ...]]) -> 
     """Return what the statistics of taps take up."""
     widths = {tap.name: anatomy.linears[tap.readers[0]].shape[1] for tap in anatomy.taps}
     return sum(
-        STATISTICS[name].num_bytes(widths[tap]) for tap, names in needs.items() for name in names
+        STATISTICS[name].num_bytes(widths[tap])
+        for tap, names in needs.items()
+        for name in names
+        if STATISTICS[name].observe in ("tap", "block_gradient", "backward")
     )
 
 

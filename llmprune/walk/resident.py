@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Resident:
-    """A `PreTrainedModel`, visited block by block; committing leaves the block where it is."""
+    """A `PreTrainedModel`, visited block by block; committing leaves the block where it is.
+
+    Blocks that are `gone` stay in their places until `drop_blocks`, but nothing passes them.
+    """
 
     model: Any
     family: Family
+    gone: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -51,9 +55,27 @@ class Resident:
             module=self.modules[index],
             anatomy=self.anatomy(index),
             device=self.device,
+            resident=True,
         )
 
     stored = open
+
+    def is_gone(self, index: int) -> bool:
+        """Tell whether the result has nothing of a block."""
+        return index in self.gone
+
+    def drop_blocks(self) -> None:
+        """Take the blocks that are gone out of the model, and number the others anew."""
+        if not self.gone:
+            return
+        modules = self.modules
+        for index in sorted(self.gone, reverse=True):
+            del modules[index]
+        for place, block in enumerate(modules):
+            for module in block.modules():
+                for name in ("layer_idx", "layer_id"):
+                    if isinstance(vars(module).get(name), int):
+                        setattr(module, name, place)
 
     @contextmanager
     def trunk(self, *, head: bool) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.arch.types import Family
 from llmprune.base.memory import return_freed
+from llmprune.checkpoint.naming import result_names
 from llmprune.checkpoint.sink import shard_name, write_index, write_tensors
 from llmprune.checkpoint.skeleton import Skeleton, empty
 from llmprune.checkpoint.source import Entry, Source, read_header
@@ -28,11 +29,13 @@ class Rewriting:
     """Reads blocks from `source`, writes each as a shard of `out`, reads it back by `result`.
 
     `result` has the config of what is written, so a shrunk block runs in modules of its own size.
+    `places` says where each source block stands in the result; those that went are absent.
     """
 
     source: Streamed
     result: Streamed
     out: Path
+    places: Mapping[int, int]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -59,10 +62,20 @@ class Rewriting:
         with self.source.open(index) as block:
             yield block
 
+    def is_gone(self, index: int) -> bool:
+        """Tell whether the result has nothing of a source block."""
+        return index not in self.places
+
+    def param_of(self, index: int, name: str) -> str:
+        """Return the result's name of a parameter of a source block; "" where the block is gone."""
+        if self.is_gone(index):
+            return ""
+        return self.result.skeleton.prefix(self.places[index]) + name
+
     @contextmanager
     def stored(self, index: int) -> Iterator[Block]:
-        """Bring a committed block to the device, from its shard."""
-        with self.result.open(index) as block:
+        """Bring a committed block, by its number in the source, to the device from its shard."""
+        with self.result.open(self.places[index]) as block:
             yield block
 
     @contextmanager
@@ -72,13 +85,16 @@ class Rewriting:
 
     def commit(
         self, block: Block, touched: set[str], redo: Callable[[Block], None] | None = None
-    ) -> Path:
+    ) -> Path | None:
         """Write a block: what was decided, on the bits that the source stores.
 
         Where the block was computed with in another dtype than it is stored in, the decisions are
         carried out again on the stored values (`redo`), so that a kept weight keeps its bits.
-        Solvers that update weights have no `redo`: what the module holds is written.
+        Solvers that update weights have no `redo`: what the module holds is written. Nothing is
+        written of a block that is gone.
         """
+        if self.is_gone(block.index):
+            return None
         if redo is None or self.source.dtype is None:
             return self._write(block, touched)
         empty(block.module)
@@ -92,17 +108,56 @@ class Rewriting:
 
         The module gives each parameter up once it is converted, so that the block is held once.
         """
-        source, naming = self.source.source, self.source.naming
+        place = self.places[block.index]
+        prefix = self.result.skeleton.prefix(place)
         shard: dict[str, Tensor] = {}
-        for name in sorted(touched):
-            param = {block.prefix + name: block.module.get_parameter(name).data}
-            for disk, value in naming.to_disk(param).items():
-                shard[disk] = self._stored_form(value, source.entries[disk])
-            empty(block.module, [name])
-        shard |= source.get(sorted(set(naming.disk_names(block.prefix)) - shard.keys()))
-        path = self.out / shard_name(block.index, len(self))
+        for name in sorted(self.result.skeleton.shapes(place)):
+            origin = block.prefix + name
+            if name in touched or not self._copies(origin, prefix + name):
+                value = self._value(block, name)
+                for disk, part in self.result.naming.to_disk({prefix + name: value}).items():
+                    shard[disk] = self._stored_form(part, origin)
+                if name in touched and name not in block.added:
+                    empty(block.module, [name])
+            else:
+                stored = sorted(self.source.naming.disk_names_of([origin]))
+                names = sorted(self.result.naming.disk_names_of([prefix + name]))
+                found = self.source.source.get(stored)
+                shard |= {new: found[old] for old, new in zip(stored, names, strict=True)}
+        path = self.out / shard_name(place, len(self.result))
         write_tensors(path, shard, settled=False)
         return path
+
+    def _copies(self, origin: str, param: str) -> bool:
+        """Tell whether a parameter is stored in the result in as many tensors as in the source."""
+        stored = self.source.naming.disk_names_of([origin])
+        return 0 < len(stored) == len(self.result.naming.disk_names_of([param]))
+
+    def _value(self, block: Block, name: str) -> Tensor:
+        """Return a parameter from the module, or a bias that the block got; zeros for another."""
+        import torch
+
+        if name in block.added:
+            return block.added[name]
+        if name in dict(block.module.named_parameters()):
+            found: Tensor = block.module.get_parameter(name).data
+            return found
+        shape = self.result.skeleton.shapes(self.places[block.index])[name]
+        return torch.zeros(shape)
+
+    def lost(self) -> list[str]:
+        """Return the tensors of the source that the result has no counterpart of, sorted."""
+        kept: set[str] = set()
+        for index, place in self.places.items():
+            before, after = self.source.skeleton.prefix(index), self.result.skeleton.prefix(place)
+            for name in self.result.skeleton.shapes(place):
+                stored = self.source.naming.disk_names_of([before + name])
+                written = self.result.naming.disk_names_of([after + name])
+                if len(stored) == len(written):
+                    kept |= stored
+        inside = self.source.skeleton.family.blocks + "."
+        target = self.source.naming.target
+        return sorted(n for n, p in target.items() if p.startswith(inside) and n not in kept)
 
     def commit_trunk(self) -> Path:
         """Copy what is not in a block into the last shard, bit for bit."""
@@ -113,15 +168,15 @@ class Rewriting:
             for name in source.entries
             if not self.source.naming.target.get(name, "").startswith(inside)
         ]
-        path = self.out / shard_name(-1, len(self))
+        path = self.out / shard_name(-1, len(self.result))
         write_tensors(path, source.get(sorted(names)))
         return path
 
     def write_index(self) -> None:
         """Write the index of all shards."""
         entries: dict[str, Entry] = {}
-        for index in (*range(len(self)), -1):
-            entries |= read_header(self.out / shard_name(index, len(self)))
+        for index in (*range(len(self.result)), -1):
+            entries |= read_header(self.out / shard_name(index, len(self.result)))
         write_index(
             self.out,
             {name: entry.file for name, entry in entries.items()},
@@ -129,45 +184,55 @@ class Rewriting:
             num_bytes=sum(entry.num_bytes for entry in entries.values()),
         )
 
-    def _stored_form(self, value: Tensor, entry: Entry) -> Tensor:
-        """Return a tensor on the host in the dtype that the source stores it in."""
+    def _stored_form(self, value: Tensor, origin: str) -> Tensor:
+        """Return a tensor on the host in the dtype that the source stores its parameter in."""
         import torch
 
-        dtype = getattr(torch, DTYPE_NAMES.get(entry.dtype, "float32"))
-        return value.to(device="cpu", dtype=dtype)
+        dtype = DTYPE_NAMES.get(_stored_dtype(self.source, origin), "float32")
+        return value.to(device="cpu", dtype=getattr(torch, dtype))
 
 
-def open_rewriting(source: Streamed, skeleton: Skeleton, out: Path) -> Rewriting:
-    """Open a checkpoint for rewriting into `out`; `skeleton` has the result's config."""
-    files = {name: _file(source, name) for name in source.source.entries}
-    entries: Mapping[str, Entry] = {
-        name: replace(entry, file=files[name]) for name, entry in source.source.entries.items()
-    }
+def open_rewriting(
+    source: Streamed, skeleton: Skeleton, out: Path, places: Mapping[int, int] | None = None
+) -> Rewriting:
+    """Open a checkpoint for rewriting into `out`; `skeleton` has the result's config.
+
+    `places` says where each source block stands in the result; none means that all stay.
+    """
+    places = {index: index for index in range(len(source))} if places is None else places
+    entries = _entries(source, skeleton, places)
     written = Source(name=str(out), folder=out, entries=entries)
     if skeleton is source.skeleton:
         result = replace(source, source=written)
     else:
-        shaped = replace(written, entries=_reshaped(entries, source, skeleton))
-        result = stream(shaped, skeleton, device=source.device, dtype=source.dtype)
-    return Rewriting(source=source, result=result, out=out)
+        result = stream(written, skeleton, device=source.device, dtype=source.dtype)
+    return Rewriting(source=source, result=result, out=out, places=places)
 
 
-def _file(source: Streamed, name: str) -> str:
-    """Return the shard that a tensor will be written to."""
-    inside = source.skeleton.family.blocks + "."
-    target = source.naming.target.get(name, "")
-    index = int(target[len(inside) :].split(".", 1)[0]) if target.startswith(inside) else -1
-    return shard_name(index, len(source))
-
-
-def _reshaped(
-    entries: Mapping[str, Entry], source: Streamed, skeleton: Skeleton
-) -> dict[str, Entry]:
-    """Return the entries with the shapes of the result's parameters."""
-    shapes = {name: tuple(value.shape) for name, value in skeleton.model.named_parameters()}
-    found = {}
-    for name, entry in entries.items():
-        param = source.naming.target.get(name)
-        plain = param in shapes and source.naming.pattern[name] is None
-        found[name] = replace(entry, shape=shapes[param]) if plain and param else entry
+def _entries(source: Streamed, skeleton: Skeleton, places: Mapping[int, int]) -> dict[str, Entry]:
+    """Return what will be stored, by name: the shard, the shape and the dtype of every tensor."""
+    num_blocks = len(skeleton.blocks)
+    inside = skeleton.family.blocks + "."
+    trunk = shard_name(-1, num_blocks)
+    found = {
+        name: replace(entry, file=trunk)
+        for name, entry in source.source.entries.items()
+        if not source.naming.target.get(name, "").startswith(inside)
+    }
+    for index, place in places.items():
+        before, after = source.skeleton.prefix(index), skeleton.prefix(place)
+        for name in skeleton.shapes(place):
+            origin = before + name if source.naming.disk_names_of([before + name]) else None
+            dtype = _stored_dtype(source, before + name)
+            named = result_names(source.naming, skeleton.model, after + name, origin)
+            for disk, part in named.items():
+                file = shard_name(place, num_blocks)
+                found[disk] = Entry(file=file, dtype=dtype, shape=part)
     return found
+
+
+def _stored_dtype(source: Streamed, param: str) -> str:
+    """Return the dtype that a parameter is stored in; of one that is new, that of its module."""
+    names = source.naming.disk_names_of([param])
+    names = names or set(source.naming.disk_names(param.rpartition(".")[0] + "."))
+    return source.source.entries[min(names)].dtype if names else "F32"

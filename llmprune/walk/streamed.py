@@ -62,6 +62,7 @@ class Streamed:
         """Read one block and bring it to the device; it is freed at the end."""
         prefix = self.skeleton.prefix(index)
         module = self.skeleton.blocks[index]
+        before = dict(module.named_parameters())
         try:
             self._fill(module, self.naming.disk_names(prefix), prefix)
             yield Block(
@@ -72,7 +73,7 @@ class Streamed:
                 device=self.device,
             )
         finally:
-            empty(module)
+            fill(module, before)  # on meta, in the shapes of the source
             return_freed()
 
     @contextmanager

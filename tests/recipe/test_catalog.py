@@ -9,7 +9,7 @@ import pytest
 from llmprune.allocation import ALLOCATIONS
 from llmprune.base.errors import UnknownName
 from llmprune.catalog import METHODS
-from llmprune.recipe.models import PATTERNS, PruneStep
+from llmprune.catalog.types import PATTERNS, PruneStep
 from llmprune.repair import REPAIRS
 from llmprune.score import SCORES
 from llmprune.solver import REFINEMENTS, SOLVERS

@@ -10,9 +10,9 @@ import llmprune
 
 HOME = Path(llmprune.__file__).parent
 ROOMS = (
-    "base", "recipe", "catalog", "arch", "stats", "score", "mask", "solver", "allocation",
-    "checkpoint", "calibration", "walk", "repair", "evaluation", "delivery", "engine", "recovery",
-    "report", "steps", "measuring", "api", "commands", "cli",
+    "base", "remote", "catalog", "recipe", "arch", "stats", "score", "mask", "solver", "allocation",
+    "checkpoint", "calibration", "vocabulary", "walk", "hidden", "repair", "evaluation",
+    "delivery", "engine", "recovery", "report", "steps", "measuring", "api", "commands", "cli",
 )  # fmt: skip
 FILES = sorted(HOME.rglob("*.py"))
 

@@ -58,7 +58,7 @@ FLAGS = [
     "--trust-remote-code",
     "--version",
 ]
-COMMANDS = ["eval", "gate", "inspect", "methods", "plan", "push", "show"]
+COMMANDS = ["bench", "eval", "export", "gate", "inspect", "methods", "plan", "push", "show"]
 EVAL_FLAGS = [
     "--apply-chat-template",
     "--baseline",

@@ -1,0 +1,507 @@
+"""Experts of a mixture and the channels inside them: what moves with them, how they are cut out.
+
+Experts are stacked on the first axis of their parameters, (E, 2F, D) and (E, D, F), or transposed;
+or they are modules in a list, numbered. Rows and biases of the router, and what corrects its
+choice, go with them. Legend: E experts, F channels of one, D hidden size, K kept units.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmprune.arch.couplings import EXPERT_CHANNELS, EXPERTS, Linears, Shapes
+from llmprune.arch.limits import ACTIVE
+from llmprune.arch.limits import EXPERTS as COUNT_KEYS
+from llmprune.arch.types import Coupling, Linear, Span
+from llmprune.base.errors import UnsupportedModel, WontLoad
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WIDTH_KEYS = ("moe_intermediate_size", "expert_intermediate_size", "expert_ffn_hidden_size",
+              "intermediate_size", "ffn_dim")  # fmt: skip
+SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+WIDE, NARROW = ("gate_proj", "up_proj", "w1", "w3"), ("down_proj", "w2")
+COUNT_SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "out_features")
+WIDTH_SIZES = ("intermediate_dim", "intermediate_size", "ffn_dim")
+MULTIPLE = 8  # grouped products want rows of a multiple of 16 bytes, which 8 channels have in bf16
+
+NUMBERED = re.compile(r"^(.*\bexperts)\.(\d+)(?=\.)")
+PER_EXPERT = re.compile(r"(expert|score|correction)\w*(bias|scale)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """What a config says of its mixtures of experts.
+
+    A token meets `active` of `num_experts`, which `count_key` counts. Where the router first
+    chooses `top_groups` of `num_groups` equal, consecutive groups, each needs `least` experts.
+    `widths` are the entries that may count the channels of an expert. Shared experts are as many
+    times as wide as their number, unless an entry of the config counts their channels `apart`.
+    """
+
+    num_experts: int
+    count_key: str
+    active: int
+    widths: tuple[tuple[str, int], ...]
+    num_shared: int = 0
+    apart: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    least: int = 1
+
+
+def mixture_of(config: Any) -> Mixture | None:
+    """Return what a config says of its mixtures; None where it counts no experts."""
+    data = config.get_text_config(decoder=True).to_dict()
+    numbers = {key: n for key, n in data.items() if isinstance(n, int) and n > 0}
+    count_key = next((key for key in COUNT_KEYS if key in numbers), None)
+    if count_key is None:
+        return None
+    grouped = data.get("topk_method") != "greedy" and {"n_group", "topk_group"} <= numbers.keys()
+    return Mixture(
+        num_experts=numbers[count_key],
+        count_key=count_key,
+        active=next((numbers[key] for key in ACTIVE if key in numbers), 1),
+        widths=tuple((key, numbers[key]) for key in WIDTH_KEYS if key in numbers),
+        num_shared=next((numbers[key] for key in SHARED_KEYS if key in numbers), 0),
+        apart=any(
+            "share" in key and key.endswith(("intermediate_size", "_dim")) for key in numbers
+        ),
+        num_groups=numbers["n_group"] if grouped else 1,
+        top_groups=numbers["topk_group"] if grouped else 1,
+        # a group is known by its best expert where the config says so, else by its best two
+        least=2 if grouped and data.get("topk_method") != "group_limited_greedy" else 1,
+    )
+
+
+def fewest_experts(mixture: Mixture) -> int:
+    """Return the fewest experts with which a mixture still runs; it keeps a multiple of its groups.
+
+    >>> fewest_experts(Mixture(num_experts=8, count_key="num_experts", active=3, widths=()))
+    3
+    """
+    in_group = max(mixture.least, math.ceil(mixture.active / mixture.top_groups))
+    return mixture.num_groups * in_group
+
+
+def check_experts(mixture: Mixture, num_kept: int) -> None:
+    """Check that a mixture runs with so many experts.
+
+    Raises:
+        WontLoad: they are fewer than a token meets, or do not fill the router's groups.
+    """
+    fewest = fewest_experts(mixture)
+    if num_kept < fewest:
+        groups = f" of {mixture.top_groups} of {mixture.num_groups} groups" * (
+            mixture.num_groups > 1
+        )
+        raise WontLoad(
+            f"{num_kept} of {mixture.num_experts} experts would be left, but a token meets "
+            f"{mixture.active}{groups}, which needs {fewest}. Remove at most "
+            f"{mixture.num_experts - fewest} experts: lower the sparsity."
+        )
+    if num_kept % mixture.num_groups:
+        raise WontLoad(
+            f"{num_kept} of {mixture.num_experts} experts would be left, but the router chooses "
+            f"among {mixture.num_groups} groups of equal size. Remove a multiple of "
+            f"{mixture.num_groups} experts."
+        )
+
+
+def check_expert_width(num_kept: int) -> None:
+    """Check that experts of so many channels run the stock way, where products are grouped.
+
+    Raises:
+        WontLoad: they do not.
+    """
+    if num_kept % MULTIPLE or num_kept <= 0:
+        near = max(MULTIPLE, round(num_kept / MULTIPLE) * MULTIPLE)
+        raise WontLoad(
+            f"experts of {num_kept} channels would load and then fail: transformers multiplies "
+            f"experts in groups, which needs a multiple of {MULTIPLE}. Keep {near} channels."
+        )
+
+
+def expert_couplings(
+    mixture: Mixture | None, linears: Linears, shapes: Shapes, routers: Collection[str]
+) -> tuple[tuple[Coupling, ...], dict[str, str]]:
+    """Return the couplings of a block's experts, and for kinds of unit that it lacks the reason.
+
+    One coupling has experts as units. Of channels there is one coupling per expert, and one for the
+    shared experts where the same entry of the config counts theirs: all must lose equally many. A
+    block without routed experts has none. `routers` are the names of what chooses experts.
+    """
+    experts = experts_of(linears)
+    if not experts:
+        return (), {}
+    if (reason := _odd_experts(mixture, len(experts), linears)) is not None or mixture is None:
+        return (), dict.fromkeys((EXPERTS, EXPERT_CHANNELS), str(reason))
+    found: list[Coupling] = []
+    lacks: dict[str, str] = {}
+    try:
+        found.append(_whole(mixture, experts, linears, shapes, routers))
+    except UnsupportedModel as error:
+        lacks[EXPERTS] = str(error)
+    try:
+        found += _channels(mixture, experts, linears)
+    except UnsupportedModel as error:
+        lacks[EXPERT_CHANNELS] = str(error)
+    return tuple(found), lacks
+
+
+def experts_of(linears: Linears) -> dict[int, list[str]]:
+    """Return the linears of every routed expert."""
+    experts: dict[int, list[str]] = {}
+    for name, linear in linears.items():
+        match = NUMBERED.match(name)
+        expert = linear.expert if linear.expert is not None else int(match[2]) if match else None
+        if expert is not None:
+            experts.setdefault(expert, []).append(name)
+    return dict(sorted(experts.items()))
+
+
+def cut_experts(
+    params: Mapping[str, Tensor], coupling: Coupling, kept_K: Tensor, linears: Linears
+) -> dict[str, Tensor]:
+    """Return a block's parameters and buffers with these experts (indices) alone.
+
+    What has no entry per expert is the same object as before. Experts in a list are numbered anew.
+
+    Raises:
+        UnsupportedModel: a tensor beside the experts has an entry per expert, and is not known.
+        ValueError: the groups of the router would not lose equally many.
+    """
+    kept = sorted(int(expert) for expert in kept_K)
+    _check_groups(coupling, kept)
+    shapes = {name: tuple(value.shape) for name, value in params.items()}
+    homes = _homes(linears) | {_root(name, _owner(linears)) for name, _ in coupling.vectors}
+    axes = _axes(shapes, coupling.num_units, homes, linears)
+    place = {expert: index for index, expert in enumerate(kept)}
+    cut: dict[str, Tensor] = {}
+    for name, value in params.items():
+        match = NUMBERED.match(name)
+        if name in axes:
+            index_K = kept_K.new_tensor(kept).to(value.device)
+            cut[name] = value.index_select(axes[name], index_K)
+        elif match is None or match[1] not in homes:
+            cut[name] = value
+        elif int(match[2]) in place:
+            cut[f"{match[1]}.{place[int(match[2])]}{name[match.end() :]}"] = value
+    return cut
+
+
+def cut_expert_channels(
+    params: Mapping[str, Tensor],
+    couplings: Sequence[Coupling],
+    kept: Sequence[Tensor],
+    linears: Linears,
+) -> dict[str, Tensor]:
+    """Return a block's parameters with these channels (indices, one kept_K per coupling) alone.
+
+    Which channels an expert keeps is its own affair, how many is not. What holds no channel is the
+    same object as before; channels keep their order.
+
+    Raises:
+        ValueError: couplings keep different numbers, or not all experts of a stack are cut.
+        UnsupportedModel: a tensor of the experts seems to have an entry per channel, unknown here.
+    """
+    if len({len(kept_K) for kept_K in kept}) != 1:
+        raise ValueError(
+            f"{sorted({len(kept_K) for kept_K in kept})} channels would be left of experts that "
+            "lie in one stack: all must keep equally many. Give the same count for each."
+        )
+    chosen: dict[tuple[str, int], dict[int | None, list[int]]] = {}
+    for coupling, kept_K in zip(couplings, kept, strict=True):
+        for span in coupling.spans:
+            linear = linears[span.linear]
+            side = 0 if span.axis == "out" else 1
+            place = chosen.setdefault((linear.param, side), {})
+            place.setdefault(linear.expert, []).extend(_places(linear, span, kept_K))
+    cut = dict(params)
+    transposed = {linear.param for linear in linears.values() if linear.transposed}
+    for (param, side), by_expert in chosen.items():
+        axis = 1 - side if param in transposed else side
+        cut[param] = _sliced(param, cut[param], axis, by_expert)
+        bias = _bias(param)
+        if side == 0 and bias in params:
+            cut[bias] = _sliced(bias, cut[bias], 0, by_expert)
+    _check_channels(params, cut, couplings, linears)
+    return cut
+
+
+def _odd_experts(mixture: Mixture | None, num_experts: int, linears: Linears) -> str | None:
+    """Say why the experts of a block are not one mixture that the config speaks of."""
+    if mixture is None or num_experts != mixture.num_experts:
+        counted = f"{mixture.num_experts} of them" if mixture else "none"
+        return f"it has {num_experts} experts where its config counts {counted}"
+    owners = {_parent(home) for home in _homes(linears)}
+    if len(owners) > 1:
+        return f"its experts belong to more than one mixture: {', '.join(sorted(owners))}"
+    return None
+
+
+def _whole(
+    mixture: Mixture,
+    experts: Mapping[int, list[str]],
+    linears: Linears,
+    shapes: Shapes,
+    routers: Collection[str],
+) -> Coupling:
+    """Return the coupling whose units are experts.
+
+    Raises:
+        UnsupportedModel: no router is found, or a tensor that is not known goes with experts.
+    """
+    num_experts = mixture.num_experts
+    rows = {name for name in routers if name in shapes and "shared" not in name}
+    rows = {name for name in rows if len(shapes[name]) == 2 and shapes[name][0] == num_experts}
+    if not rows:
+        raise UnsupportedModel(f"no router with a row for each of its {num_experts} experts")
+    roots = {_root(name, _owner(linears)) for name in rows}
+    homes = _homes(linears) | roots
+    stacked = {linear.param for linear in linears.values()}
+    names = [name for name in _axes(shapes, num_experts, homes, linears) if name not in stacked]
+    paths = {_owner(linears), *homes, *map(_parent, rows)} - {"", *rows}
+    return Coupling(
+        name=EXPERTS,
+        spans=tuple(
+            Span(linear=name, axis="all", unit=expert)
+            for expert, members in experts.items()
+            for name in members
+        ),
+        num_units=num_experts,
+        num_groups=mixture.num_groups,
+        config_keys=((mixture.count_key, 1),),
+        vectors=tuple((name, 1) for name in names),
+        module_sizes=tuple((path, key, 1) for path in sorted(paths) for key in COUNT_SIZES),
+    )
+
+
+def _channels(
+    mixture: Mixture, experts: Mapping[int, list[str]], linears: Linears
+) -> list[Coupling]:
+    """Return the couplings whose units are channels: of every expert, and of the shared ones.
+
+    A unit of n shared experts, which lie in one FFN of n times the width, is n channels.
+
+    Raises:
+        UnsupportedModel: their linears or the entry that counts their channels are not known.
+    """
+    spans = {expert: _spans(members, linears) for expert, members in experts.items()}
+    widths = {linears[found[-1].linear].shape[1] for found in spans.values()}
+    key = next((key for key, width in mixture.widths if {width} == widths), None)
+    if key is None:
+        raise UnsupportedModel(f"no entry of its config counts the {sorted(widths)} channels")
+    width = widths.pop()
+    paths = sorted(_homes(linears))
+    sizes = [(path, name, 1) for path in paths for name in WIDTH_SIZES]
+    groups = [(spans[expert], 1) for expert in experts]
+    if shared := _shared(mixture, width, linears):
+        groups.append(shared)
+    return [
+        Coupling(
+            name=EXPERT_CHANNELS,
+            spans=tuple(found),
+            num_units=width,
+            config_keys=((key, 1),),
+            module_sizes=(*sizes, *_features(found, linears, times)),
+        )
+        for found, times in groups
+    ]
+
+
+def _shared(mixture: Mixture, width: int, linears: Linears) -> tuple[list[Span], int] | None:
+    """Return the channels of shared experts, and how many a unit has, where they move as well.
+
+    Raises:
+        UnsupportedModel: their width is no multiple of the routed experts'.
+    """
+    owner = _owner(linears)
+    names = [
+        name
+        for name, linear in linears.items()
+        if linear.expert is None and "shared" in name and name.startswith(owner)
+    ]
+    if mixture.apart or not names:
+        return None
+    whole = linears[_spans(names, linears)[-1].linear].shape[1]
+    times = mixture.num_shared or max(1, whole // width)
+    if whole != times * width:
+        raise UnsupportedModel(
+            f"its shared experts have {whole} channels, which is not {times} times the {width} of "
+            "the others, and no entry of its config counts them"
+        )
+    return _spans(names, linears, times=times), times
+
+
+def _spans(members: Iterable[str], linears: Linears, *, times: int = 1) -> list[Span]:
+    """Return the rows of gate and up and, last, the columns of down that a channel owns.
+
+    Raises:
+        UnsupportedModel: the linears are not known to be these.
+    """
+    names = list(members)
+    wide = [name for name in names if name.rpartition(".")[2] in WIDE]
+    narrow = [name for name in names if name.rpartition(".")[2] in NARROW]
+    sizes = {linears[name].shape[0] for name in wide}
+    known = len(wide) + len(narrow) == len(names) and len(narrow) == 1 and len(sizes) == 1
+    if not known or linears[narrow[0]].shape[1] not in sizes:
+        raise UnsupportedModel(
+            f"its experts' linears {', '.join(sorted(names))} are not known as gate, up and down"
+        )
+    rows = [Span(linear=name, axis="out", width=times) for name in wide]
+    return [*rows, Span(linear=narrow[0], axis="in", width=times)]
+
+
+def _features(
+    spans: Iterable[Span], linears: Linears, times: int
+) -> Iterator[tuple[str, str, int]]:
+    """Yield the sizes that modules hold of linears that are modules of their own."""
+    for span in spans:
+        if linears[span.linear].param == f"{span.linear}.weight":
+            yield span.linear, "out_features" if span.axis == "out" else "in_features", times
+
+
+def _homes(linears: Linears) -> set[str]:
+    """Return the modules that hold the routed experts."""
+    homes = {_parent(one.param) for one in linears.values() if one.expert is not None}
+    return homes | {match[1] for name in linears if (match := NUMBERED.match(name))} - {""}
+
+
+def _owner(linears: Linears) -> str:
+    """Return the path of the mixture, which its experts' modules are parts of."""
+    return _parent(min(_homes(linears)))
+
+
+def _root(name: str, owner: str) -> str:
+    """Return the part of a mixture that a router's parameter lies in.
+
+    >>> _root("mlp.router.gate.weight", "mlp"), _root("router.proj.weight", "")
+    ('mlp.router', 'router')
+    """
+    start = f"{owner}." if owner else ""
+    return start + name.removeprefix(start).partition(".")[0]
+
+
+def _axes(
+    shapes: Shapes, num_experts: int, homes: Collection[str], linears: Linears
+) -> dict[str, int]:
+    """Return what has an entry per expert, with the axis: of the stacks, the router, beside it.
+
+    Raises:
+        UnsupportedModel: something of the mixture has one, and is not known.
+    """
+    owner = _owner(linears)
+    plain = {linear.param for linear in linears.values() if linear.expert is None}
+    axes: dict[str, int] = {}
+    for name, shape in shapes.items():
+        numbered = NUMBERED.match(name)
+        if name in plain or (numbered and numbered[1] in homes) or num_experts not in shape:
+            continue
+        inside = any(f"{name}.".startswith(f"{home}.") for home in homes)
+        beside = PER_EXPERT.search(name) is not None and name.startswith(owner)
+        if not inside and not beside and not (owner and name.startswith(f"{owner}.")):
+            continue
+        if "shared" in name.removeprefix(owner):
+            continue
+        axis = 0 if shape[0] == num_experts else len(shape) - 1
+        whole = axis == 0 or math.prod(shape) == num_experts
+        if not whole or not (inside or beside):
+            raise UnsupportedModel(
+                f"{name} {list(shape)} may have an entry for each of its {num_experts} experts, "
+                "and it is not known which: an expert cannot go without it"
+            )
+        axes[name] = axis
+    return axes
+
+
+def _check_groups(coupling: Coupling, kept: Sequence[int]) -> None:
+    """Check that every group of the router keeps equally many experts.
+
+    Raises:
+        ValueError: they do not, or an expert is named twice or does not exist.
+    """
+    if len(set(kept)) != len(kept) or not kept or kept[-1] >= coupling.num_units or kept[0] < 0:
+        raise ValueError(f"{kept} are not some of {coupling.num_units} experts, each named once")
+    size = coupling.num_units // coupling.num_groups
+    counts = [sum(e // size == group for e in kept) for group in range(coupling.num_groups)]
+    if len(set(counts)) != 1:
+        raise ValueError(
+            f"the groups of the router would keep {counts} experts: they must stay equal. Keep "
+            "equally many of each."
+        )
+
+
+def _places(linear: Linear, span: Span, kept_K: Tensor) -> list[int]:
+    """Return the rows (or columns) of the whole matrix that these units own."""
+    own = [
+        span.offset + unit * span.width + step
+        for unit in sorted(kept_K.tolist())
+        for step in range(span.width)
+    ]
+    if span.axis == "in" or linear.num_parts == 1:
+        return own
+    if linear.interleaved:
+        return [place * linear.num_parts + linear.part for place in own]
+    return [linear.part * linear.shape[0] + place for place in own]
+
+
+def _sliced(
+    name: str, value: Tensor, axis: int, by_expert: Mapping[int | None, list[int]]
+) -> Tensor:
+    """Return a parameter, or all matrices of a stack, with these slices of one axis.
+
+    Raises:
+        ValueError: matrices of the stack are missing.
+    """
+    import torch
+
+    def part(one: Tensor, places: list[int]) -> Tensor:
+        return one.index_select(axis, torch.tensor(sorted(places), device=one.device))
+
+    if None in by_expert:
+        return part(value, by_expert[None])
+    if sorted(expert for expert in by_expert if expert is not None) != list(range(len(value))):
+        raise ValueError(
+            f"{name} stacks {len(value)} experts, of which {len(by_expert)} would be cut: one "
+            "cannot be narrower than another. Cut all of them."
+        )
+    return torch.stack([part(value[expert], by_expert[expert]) for expert in range(len(value))])
+
+
+def _check_channels(
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    couplings: Sequence[Coupling],
+    linears: Linears,
+) -> None:
+    """Check that nothing else of the experts' modules has an entry per channel.
+
+    Raises:
+        UnsupportedModel: something may have.
+    """
+    width = couplings[0].num_units
+    narrow = {_bias(linears[row.spans[-1].linear].param) for row in couplings}  # D may equal F
+    for name, value in before.items():
+        home = _parent(name) in _homes(linears)
+        if home and after[name] is value and name not in narrow and width in value.shape[1:]:
+            raise UnsupportedModel(
+                f"{name} {list(value.shape)} may have an entry for each of {width} channels, and "
+                "it is not known which: a channel cannot go without it"
+            )
+
+
+def _bias(param: str) -> str:
+    """Return the name of the bias that belongs to a weight."""
+    own = param.endswith(".weight")
+    return param.removesuffix("weight") + "bias" if own else param + "_bias"
+
+
+def _parent(name: str) -> str:
+    """Return the path of the module that holds a parameter."""
+    return name.rpartition(".")[0]

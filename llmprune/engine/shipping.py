@@ -1,0 +1,359 @@
+"""What a result will be stored as: its blocks, its config, the tier that holds them.
+
+Nothing is read but the source's config: the new one is built without weights, and every block that
+comes of it is compared with what the plan leaves of the block that it came from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune.arch.anatomy import anatomy_of
+from llmprune.arch.couplings import ATTENTION, BLOCK, DEPTHS, FFN, HEADS, QUERY_HEADS
+from llmprune.arch.layout import BlockLayout, Layout, Tier
+from llmprune.arch.resize import check_blocks_alike, resized
+from llmprune.arch.types import Site
+from llmprune.base.errors import CheckpointError, UnsupportedModel, WontLoad, first_line
+from llmprune.checkpoint.shrink import Axes, axes_of
+from llmprune.checkpoint.skeleton import Skeleton, build_skeleton, read_config
+from llmprune.engine.sites import Group
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmprune.arch.anatomy import Anatomy
+    from llmprune.engine.plan import Plan
+
+Counts = Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shipment:
+    """How a result is stored: blocks, config.json, code files beside it, and the modules of it.
+
+    `before` is the source's config.
+
+    `widths` is to how many units every coupling is filled up with zeros (tier E1); `reasons` say
+    why lower tiers would not do.
+    """
+
+    layout: Layout
+    tier: Tier
+    config: Mapping[str, Any]
+    skeleton: Skeleton
+    before: Mapping[str, Any] = field(default_factory=dict)
+    code: tuple[Path, ...] = ()
+    widths: Mapping[str, int] = field(default_factory=dict)
+    reasons: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def places(self) -> dict[int, int]:
+        """Return where each source block stands in the result; those that went are absent."""
+        return {block.source: place for place, block in enumerate(self.layout.blocks)}
+
+    @property
+    def num_params(self) -> int:
+        """Return the parameters of the result."""
+        return sum(value.numel() for value in self.skeleton.model.parameters())
+
+
+def layout_of(groups: Sequence[Sequence[Group]], counts: Counts) -> Layout:
+    """Return what is left of every block.
+
+    A block that loses both halves, or all of them, is gone.
+    """
+    blocks = []
+    for index, here in enumerate(groups):
+        without = gone_of(here, counts)
+        if BLOCK not in without:
+            sizes: dict[str, int] = {}
+            for group in here:
+                (site,) = group.sites
+                assert group.coupling is not None
+                for key, per_unit in group.coupling.config_keys:
+                    sizes[key] = per_unit * (site.num_units - counts[site.name])
+            blocks.append(BlockLayout(source=index, sizes=sizes, without=without))
+    return Layout(blocks=tuple(blocks))
+
+
+def gone_of(groups: Sequence[Group], counts: Counts) -> tuple[str, ...]:
+    """Return which halves of a block go, or that all of it does."""
+    sites = [site for group in groups for site in group.sites if site.kind in DEPTHS]
+    gone = tuple(site.kind for site in sites if counts[site.name])
+    return (BLOCK,) if BLOCK in gone or {ATTENTION, FFN} <= set(gone) else gone
+
+
+def is_gone(site: Site, gone: Sequence[str]) -> bool:
+    """Tell whether the half that a site lies in goes whole, so that nothing of it is cut."""
+    if site.kind in DEPTHS:
+        return BLOCK in gone and site.kind != BLOCK and len(gone) == 1
+    half = ATTENTION if site.kind in (HEADS, QUERY_HEADS) else FFN
+    return BLOCK in gone or half in gone
+
+
+def ship(
+    plan: Plan,
+    source: Skeleton,
+    config: Mapping[str, Any],
+    anatomies: Sequence[Anatomy],
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+) -> Shipment:
+    """Decide how the result of a plan with counts is stored.
+
+    Raises:
+        WontLoad: the tier that is asked for, or any, cannot hold it; says why.
+    """
+    assert plan.counts is not None
+    layout = layout_of(plan.groups, plan.counts)
+    if not layout.blocks:
+        raise WontLoad(
+            "the plan leaves no block at all. Ask for a lower --sparsity, or for fewer blocks."
+        )
+    base = _explicit(config, source.config, len(plan.groups))
+    tier, reasons = _choose_tier(plan, base, layout)
+    sizes = _sizes(plan, layout) if tier in ("E0", "E1") else _pinned(plan)
+    changed = resized(base, layout, sizes)
+    code: tuple[Path, ...] = ()
+    if tier in ("E2", "E3"):
+        from llmprune.delivery.heterogeneous import heterogeneous_config
+
+        changed, code = heterogeneous_config(changed, layout, tier)
+    changed, skeleton = _built(source, changed, code, dtype, trust_remote_code)
+    shipment = Shipment(
+        layout=layout,
+        tier=tier,
+        config=changed,
+        before=base,
+        skeleton=skeleton,
+        code=code,
+        widths=_widths(plan) if tier == "E1" else {},
+        reasons=tuple(reasons),
+    )
+    check_blocks_alike(source.blocks, skeleton.blocks, layout, _roots(anatomies))
+    _check_shapes(plan, source, shipment, anatomies)
+    return shipment
+
+
+def as_it_is(source: Skeleton, config: Mapping[str, Any], num_blocks: int) -> Shipment:
+    """Return how a result is stored whose tensors keep their shapes."""
+    blocks = tuple(BlockLayout(source=index) for index in range(num_blocks))
+    return Shipment(layout=Layout(blocks=blocks), tier="E0", config=config, skeleton=source)
+
+
+def kv_values(skeleton: Skeleton) -> int:
+    """Return how many numbers of key and value a token leaves in the cache of a model.
+
+    Counted from the rows of the linears that make them, by the couplings of every block; 0 where a
+    family has none.
+    """
+    total = 0
+    for index in range(len(skeleton.blocks)):
+        anatomy = anatomy_of(skeleton.family, skeleton.shapes(index))
+        heads = anatomy.coupling(HEADS)
+        if heads is not None and skeleton.family.heads is not None:
+            total += 2 * heads.num_units * skeleton.family.heads.head_dim
+    return total
+
+
+def axes_of_block(
+    groups: Sequence[Group],
+    kept: Mapping[str, torch.Tensor],
+    anatomy: Anatomy,
+    shapes: Mapping[str, tuple[int, ...]],
+    widths: Mapping[str, int],
+) -> Axes:
+    """Return the index of every axis of a block that changes; `kept` are units by site."""
+    cut = [
+        (group.coupling, kept[site.name])
+        for group in groups
+        for site in group.sites
+        if group.coupling is not None and site.kind not in DEPTHS and site.name in kept
+    ]
+    return axes_of(cut, anatomy.linears, shapes, widths)
+
+
+def _explicit(config: Mapping[str, Any], built: Any, num_blocks: int) -> dict[str, Any]:
+    """Return a config.json in which lists per block, left to defaults, are spelled out."""
+    known = built.to_dict()
+    listed = {
+        name: value
+        for name, value in known.items()
+        if name not in config and isinstance(value, list) and len(value) == num_blocks > 1
+    }
+    return {**config, **listed}
+
+
+def _choose_tier(
+    plan: Plan, config: Mapping[str, Any], layout: Layout
+) -> tuple[Tier, list[tuple[str, str]]]:
+    """Return the tier: asked for, or the lowest that holds the layout."""
+    asked = plan.prune.tier
+    if asked == "auto" and layout.uniform:
+        return "E0", []
+    from llmprune.delivery.heterogeneous import lowest_tier, why_not
+
+    if asked == "auto":
+        tier, reasons = lowest_tier(config, layout)
+        return tier, [(str(name), why) for name, why in reasons]
+    reason = why_not(config, layout, asked)
+    if reason is not None:
+        lowest, _ = lowest_tier(config, layout)
+        raise WontLoad(
+            f"prune.tier: {asked} cannot hold this result: {reason}. Type --set prune.tier={lowest}"
+            ", or prune.form=masked for zeros in tensors of the old shape."
+        )
+    return asked, []
+
+
+def _sizes(plan: Plan, layout: Layout) -> dict[str, int]:
+    """Return the config's sizes: those of all blocks, or of the widest."""
+    changed = {
+        key
+        for here in plan.groups
+        for group in here
+        if group.coupling is not None and (plan.counts or {})[group.sites[0].name]
+        for key, _ in group.coupling.config_keys
+    }
+    sizes = {key: num for key, num in layout.widest.items() if key in changed}
+    if "" in changed:
+        raise WontLoad(
+            "this family's config has no entry that counts these units. Choose another --pattern, "
+            "or --set prune.form=masked."
+        )
+    return sizes | _pinned(plan)
+
+
+def _pinned(plan: Plan) -> dict[str, int]:
+    """Return what a config must say once a number of units changes."""
+    return {
+        key: value
+        for here in plan.groups
+        for group in here
+        if group.coupling is not None and (plan.counts or {})[group.sites[0].name]
+        for key, value in group.coupling.pinned
+    }
+
+
+def _widths(plan: Plan) -> dict[str, int]:
+    """Return to how many units each coupling is filled up: the most that any block keeps."""
+    most: dict[str, int] = {}
+    for here in plan.groups:
+        gone = gone_of(here, plan.counts or {})
+        for group in here:
+            (site,) = group.sites
+            if group.coupling is not None and site.kind not in DEPTHS and BLOCK not in gone:
+                kept = site.num_units - (plan.counts or {})[site.name]
+                name = group.coupling.name
+                most[name] = max(most.get(name, 0), kept)
+    return most
+
+
+def _roots(anatomies: Sequence[Anatomy]) -> dict[str, list[str]]:
+    """Return the paths of the modules that each half of the blocks lies in."""
+    found: dict[str, set[str]] = {}
+    for anatomy in anatomies:
+        for half in (ATTENTION, FFN):
+            row = anatomy.coupling(half)
+            spans = row.spans if row is not None else ()
+            found.setdefault(half, set()).update(s.linear.partition(".")[0] for s in spans)
+    return {half: sorted(paths) for half, paths in found.items()}
+
+
+def _built(
+    source: Skeleton,
+    config: dict[str, Any],
+    code: Sequence[Path],
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> tuple[dict[str, Any], Skeleton]:
+    """Return the config and the modules of it.
+
+    A Llama has no number of heads that does not divide the hidden size; a Mistral is the same model
+    and has, where there are no biases.
+    """
+    try:
+        return config, _build(source, config, code, dtype, trust_remote_code)
+    except WontLoad:
+        plain = not (config.get("attention_bias") or config.get("mlp_bias"))
+        if config.get("model_type") != "llama" or not plain or code:
+            raise
+    left_out = ("attention_bias", "mlp_bias", "pretraining_tp")
+    twin = {key: value for key, value in config.items() if key not in left_out}
+    twin |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    twin["sliding_window"] = None
+    return twin, _build(source, twin, code, dtype, trust_remote_code)
+
+
+def _build(
+    source: Skeleton,
+    config: Mapping[str, Any],
+    code: Sequence[Path],
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> Skeleton:
+    """Build the modules of a result on meta from its config.json and code.
+
+    Raises:
+        WontLoad: the config is refused by the family's own checks.
+    """
+    with tempfile.TemporaryDirectory(prefix="llmprune-") as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
+        for path in code:
+            shutil.copyfile(path, folder / path.name)
+        trust = trust_remote_code or bool(code)
+        try:
+            return build_skeleton(
+                read_config(folder, trust_remote_code=trust),
+                dtype=dtype,
+                attention=source.config._attn_implementation,
+                trust_remote_code=trust,
+                family=source.family,
+            )
+        except (CheckpointError, UnsupportedModel, ValueError, RuntimeError) as error:
+            raise WontLoad(
+                f"a {config.get('model_type')} model of these sizes does not exist: "
+                f"{first_line(error).replace(str(folder), 'the new config')}. Choose other "
+                "counts, another --pattern, or --set prune.form=masked."
+            ) from error
+
+
+def _check_shapes(
+    plan: Plan, source: Skeleton, shipment: Shipment, anatomies: Sequence[Anatomy]
+) -> None:
+    """Check that the config makes every block's parameters as large as what is left of them.
+
+    Raises:
+        WontLoad: it does not; names the parameter.
+    """
+    import torch
+
+    for place, block in enumerate(shipment.layout.blocks):
+        groups = plan.groups[block.source]
+        shapes = dict(source.shapes(block.source))
+        kept = {
+            site.name: torch.arange(site.num_units - (plan.counts or {})[site.name])
+            for group in groups
+            for site in group.sites
+            if not is_gone(site, block.without) or shipment.tier == "E1"
+        }
+        axes = axes_of_block(groups, kept, anatomies[block.source], shapes, shipment.widths)
+        for (param, axis), index_N in axes.items():
+            shape = list(shapes[param])
+            shape[axis] = len(index_N)
+            shapes[param] = tuple(shape)
+        for param, shape in shipment.skeleton.shapes(place).items():
+            if shapes.get(param, shape) != shape:
+                raise WontLoad(
+                    f"{param} of block {block.source} would be {list(shapes[param])}, where the "
+                    f"config makes it {list(shape)}: this family's config cannot say so. Choose "
+                    "another --pattern, or --set prune.form=masked."
+                )

@@ -1,0 +1,1 @@
+"""Code that travels with results whose blocks differ; each file stands alone."""
