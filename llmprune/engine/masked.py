@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,17 +37,22 @@ def masked_logits(plan: Plan, blocks: Rewriting, own: Path) -> Logits | None:
     the source's, or where experts went: no weight that is zero keeps a router from choosing one.
     """
     kinds = {site.kind for site in plan.sites}
+    computed = replace(
+        blocks,
+        source=replace(blocks.source, dtype=plan.dtype),
+        result=replace(blocks.result, dtype=plan.dtype),
+    )
     if blocks.result.skeleton is blocks.source.skeleton or kinds & {EXPERTS, EXPERT_CHANNELS}:
         return None
 
     def logits_of(tokens_NT: Tensor) -> Tensor:
-        flow = embed(blocks.source, tokens_NT, len(tokens_NT))
-        for index in range(len(blocks)):
-            if not blocks.is_gone(index):
-                kept = read_kept(own, index, len(blocks))
-                with _expanded(plan, blocks, index, kept) as block:
+        flow = embed(computed.source, tokens_NT, len(tokens_NT))
+        for index in range(len(computed)):
+            if not computed.is_gone(index):
+                kept = read_kept(own, index, len(computed))
+                with _expanded(plan, computed, index, kept) as block:
                     advance(block, flow)
-        parts = [part.cpu() for _, _, part in logits(blocks.source, flow)]
+        parts = [part.cpu() for _, _, part in logits(computed.source, flow)]
         return torch.cat(parts, 1)
 
     return logits_of

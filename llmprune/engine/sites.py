@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from llmprune.arch.anatomy import Anatomy
-from llmprune.arch.couplings import DEPTHS
 from llmprune.arch.types import Coupling, Site, Span
 from llmprune.base.errors import RecipeError
 from llmprune.mask.pattern import NofM, Pattern, Tiles, Units
@@ -145,9 +144,10 @@ def check_units(pattern: Pattern, groups: Sequence[Sequence[Group]], anatomies: 
             )
 
 
-def without_depth(sites: Iterable[Site]) -> list[Site]:
-    """Return the sites whose units lie beside one another in a block."""
-    return [site for site in sites if site.kind not in DEPTHS]
+def linears_of(groups: Iterable[Group]) -> list[str]:
+    """Return the linears of a block that its sites have a part of, each once."""
+    sites = [site for group in groups for site in group.sites]
+    return list(dict.fromkeys(span.linear for site in sites for span in site.spans))
 
 
 def all_sites(groups: Iterable[Sequence[Group]]) -> list[Site]:

@@ -28,6 +28,7 @@ from llmprune.engine.cutting import Learnt, Prior
 from llmprune.engine.gradients import Gradients, take_gradients
 from llmprune.engine.plan import Plan
 from llmprune.engine.probing import Prober
+from llmprune.engine.sites import linears_of
 from llmprune.engine.solving import EMPTY
 from llmprune.engine.target import meet_target
 from llmprune.engine.unit_survey import unit_profiles
@@ -380,7 +381,7 @@ def _gradients(plan: Plan, around: Surroundings) -> Gradients:
         around.blocks,
         around.tokens_NT,
         plan.parts.backward,
-        [[s.spans[0].linear for g in groups for s in g.sites] for groups in plan.groups],
+        [linears_of(groups) for groups in plan.groups],
         folder=around.folder,
         room=plan.estimate.gradient_bytes,
         progress=around.progress,

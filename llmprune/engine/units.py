@@ -45,8 +45,9 @@ def members_of(group: Group, block: Block, seen: Seen, learnt: Seen) -> list[Mem
         stats = seen.get(block.anatomy.tap_of(span.linear).name, seen.get("", EMPTY))
         own = learnt.get(span.linear)
         if own is not None:
-            values = {**stats.values, **own.values}
-            stats = replace(stats, values=values, num_sequences=own.num_sequences)
+            stats = replace(
+                stats, values={**stats.values, **own.values}, num_sequences=own.num_sequences
+            )
         found.append(Member(span, block.weight(span.linear), _with_diagonal(stats)))
     return found
 

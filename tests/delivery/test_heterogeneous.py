@@ -25,6 +25,7 @@ from llmprune import remote
 from llmprune.arch.layout import BlockLayout, Layout
 from llmprune.base.errors import WontLoad
 from llmprune.delivery import trial
+from llmprune.delivery.gate import pass_gate
 from llmprune.delivery.heterogeneous import (
     heterogeneous_config,
     lowest_tier,
@@ -296,6 +297,19 @@ def test_a_result_runs_with_its_weights_on_disk(
     with torch.no_grad():
         apart = (model(tokens, use_cache=False).logits - twin(tokens).logits).abs().max()
     assert apart < 1e-4
+
+
+@pytest.mark.parametrize("name", ["E2-llama", "E3-gemma3", "E3-mixtral", "E3-llama"])
+def test_a_result_passes_the_gate(name: str, make: Callable, quick_gate: None) -> None:
+    verdict = pass_gate(
+        make(name)[0], device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=True
+    )
+    assert verdict.agreement.passed
+
+
+def test_entries_read_for_all_blocks_are_those_of_the_widest(make: Callable) -> None:
+    for name, width in (("E2-llama", 768), ("E3-llama", 64)):
+        assert load(make(name)[0]).config.intermediate_size == width
 
 
 def test_blocks_follow_when_the_implementation_of_attention_changes(make: Callable) -> None:

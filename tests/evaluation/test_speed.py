@@ -202,6 +202,13 @@ def test_requests_are_answered_line_by_line(pico: Pico) -> None:
     assert memory["memory"] >= 4 * facts["num_params"]
 
 
+def test_weights_lie_in_memory_where_the_allocator_puts_them(pico: Pico) -> None:
+    """Mapped from a file they begin at odd addresses; tied ones stay one."""
+    model, _ = stopwatch.load(job(pico("llama")))
+    assert {value.data_ptr() % 64 for value in model.parameters()} == {0}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_what_cannot_be_measured_is_refused_in_words(pico: Pico, tmp_path: Path) -> None:
     asked = {"batch": 1, "prompt": 6, "new": 3, "watch": False}
     assert ask(job(pico("llama"), device="nosuch"))[0]["refused"] == "device"
