@@ -4,6 +4,6 @@ setup: ; pip install -c constraints.txt -e ".[test]"
 test:  ; pytest
 lint:  ; ruff format --check . && ruff check .
 types: ; mypy
-docs:  ; python eval/make_methods_page.py > docs/METHODS.md
+docs:  ; python -m eval.methods_page > docs/METHODS.md
 bench: ; python eval/cost/measure.py wanda
 ci:    ; .ci/run

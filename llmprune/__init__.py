@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from llmprune.api import (
+        bench,
         evaluate,
         gate,
         inspect,
@@ -34,6 +35,7 @@ _HOMES = {
     "METHODS": "llmprune.catalog",
     "Recipe": "llmprune.recipe",
     "Report": "llmprune.report.run",
+    "bench": "llmprune.api",
     "evaluate": "llmprune.api",
     "gate": "llmprune.api",
     "inspect": "llmprune.api",
@@ -51,6 +53,7 @@ __all__ = [
     "LlmpruneError",
     "Recipe",
     "Report",
+    "bench",
     "evaluate",
     "gate",
     "inspect",

@@ -14,6 +14,8 @@ from llmprune.base.progress import Progress
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.source import Source, open_folder, read_json
 from llmprune.delivery.gate import Verdict, pass_gate
+from llmprune.delivery.heterogeneous import is_own_code
+from llmprune.delivery.packed_model import is_packed, load_packed
 from llmprune.engine.calibrating import calibration_windows
 from llmprune.engine.opening import (
     anatomies_of,
@@ -24,6 +26,7 @@ from llmprune.engine.opening import (
     read_tokenizer,
     storage_dtype,
 )
+from llmprune.evaluation.speed import bench
 from llmprune.measuring import evaluate, perplexity, rolling_perplexity, store_measurement
 from llmprune.recipe import Recipe, build, default_steps, override
 from llmprune.report.run import Report
@@ -92,7 +95,8 @@ def run(
         LlmpruneError: nothing is published, and the source is as it was.
     """
     progress = Progress("quiet" if quiet else "rich")
-    return run_streamed(open_plan(plan.recipe), progress, tokens=tokens, overwrite=overwrite)
+    opened = open_plan(plan.recipe, budget=plan.budget if plan.budget.facts else None)
+    return run_streamed(opened, progress, tokens=tokens, overwrite=overwrite)
 
 
 def prune(
@@ -100,7 +104,7 @@ def prune(
     *,
     sparsity: float | None = None,
     method: str | None = None,
-    pattern: str = "unstructured",
+    pattern: str | None = None,
     effort: str | None = None,
     target: Mapping[str, str] | None = None,
     out: str | Path | None = None,
@@ -122,7 +126,8 @@ def prune(
         method: a row of `llmprune methods`; Wanda, or what `effort` says, when absent.
         effort: "fast", "good" or "best": what else is done, where nothing else is said.
         target: `{"ppl": "+5%"}` finds the highest sparsity that keeps perplexity within it.
-        pattern: "unstructured", "N:M" (keep N of every M), "HxW" (tiles) or "ffn-channels".
+        pattern: "unstructured", "N:M" (keep N of every M), "HxW" (tiles), or whole units, such as
+            "ffn-channels+heads" or "blocks"; what the method is for when absent.
         out: the folder to write; named for model, method and sparsity when absent.
         calib: "c4" or another preset, "demo", a file or folder, OWNER/NAME on the Hub, a mix such
             as "c4:3,demo:1" (or a list of mappings with data, weight, split, config, column), texts
@@ -265,17 +270,24 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load a result as a `PreTrainedModel`, in evaluation mode.
+    """Load a result of any tier, a packed one too, as a `PreTrainedModel`, in evaluation mode.
+
+    Code beside the model runs only with `trust_remote_code`, or where it is what llmprune ships.
 
     Raises:
         CheckpointError: the folder is not a checkpoint.
     """
     from transformers import AutoModelForCausalLM
 
+    model: Any
+    if is_packed(Path(folder)):
+        model = load_packed(Path(folder), dtype=dtype, trust_remote_code=trust_remote_code)
+        return model.to(choose_device(device)).eval()
     source = open_source(str(folder))
     for file in sorted({entry.file for entry in source.entries.values()}):
         source.path(file)  # fetched where the source is on the Hub
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    trust_remote_code = trust_remote_code or is_own_code(source.folder)
+    model = AutoModelForCausalLM.from_pretrained(
         source.folder, dtype=dtype, trust_remote_code=trust_remote_code
     )
     return model.to(choose_device(device)).eval()
@@ -323,6 +335,7 @@ def _given(wishes: dict[str, Any]) -> dict[str, Any]:
 
 
 __all__ = [
+    "bench",
     "evaluate",
     "gate",
     "inspect",

@@ -15,7 +15,6 @@ from llmprune.base.errors import LlmpruneError, RecipeError
 from llmprune.base.progress import Progress
 from llmprune.calibration.heldout import evaluation_text, most_windows
 from llmprune.calibration.selection import AUTO, DEMO, EVALUATION, evaluation_data, is_demo
-from llmprune.calibration.windows import token_ids
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.sink import write_json
 from llmprune.checkpoint.source import Source, open_folder, read_json
@@ -30,10 +29,10 @@ from llmprune.engine.opening import (
 from llmprune.engine.plan import sequence_length
 from llmprune.evaluation.harness import check_fits, run_tasks
 from llmprune.evaluation.perplexity import Perplexity, loss_of_blocks, loss_of_model, pose
-from llmprune.evaluation.rolling import RollingPerplexity, per_word_and_byte, prefix_token
+from llmprune.evaluation.rolling import RollingPerplexity, predict_text, prefix_token
 from llmprune.evaluation.scores import ALONE, DENSE, PRUNED, Evaluation, Score, TaskFacts
 from llmprune.evaluation.tasks import hushed, open_tasks
-from llmprune.evaluation.windows import Bos, Windows, count_words, rolling_windows
+from llmprune.evaluation.windows import Bos, Windows
 from llmprune.recipe import build, default_steps
 
 if TYPE_CHECKING:
@@ -135,20 +134,13 @@ def rolling_perplexity(
     wish = _wish(model, seq_len=seq_len, revision=revision, trust_remote_code=trust_remote_code)
     opened = _open(model, tokenizer, wish, device, dtype)
     data = _text_for(model, data)
-    prefix = prefix_token(opened.tokenizer)
-    text = evaluation_text(data, key="perplexity", tokenizer=opened.tokenizer)
-    windows = rolling_windows(token_ids(text, opened.tokenizer), opened.seq_len, prefix)
-    nats, count = opened.loss(windows, micro_batch)
-    num_words, num_bytes = count_words(text), len(text.encode())
-    return RollingPerplexity(
-        **per_word_and_byte(nats, num_words=num_words, num_bytes=num_bytes),
-        num_words=num_words,
-        num_bytes=num_bytes,
-        num_tokens=count,
-        num_windows=len(windows.inputs_NT),
-        seq_len=opened.seq_len,
-        prefix=str(opened.tokenizer.convert_ids_to_tokens(prefix)),
+    prefix_token(opened.tokenizer)  # refused before a text is fetched
+    return predict_text(
+        lambda windows: opened.loss(windows, micro_batch),
+        evaluation_text(data, key="perplexity", tokenizer=opened.tokenizer),
+        opened.tokenizer,
         data=data,
+        seq_len=opened.seq_len,
         dtype=str(opened.dtype).removeprefix("torch."),
     )
 

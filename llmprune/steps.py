@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,11 +19,13 @@ from llmprune.base.progress import Progress
 from llmprune.calibration.heldout import evaluation_text
 from llmprune.calibration.mix import Windows, window_record
 from llmprune.calibration.selection import evaluation_data
+from llmprune.calibration.windows import token_ids
 from llmprune.checkpoint.sink import write_json
 from llmprune.checkpoint.skeleton import Skeleton
 from llmprune.checkpoint.source import check_free_space, open_folder, read_json
 from llmprune.delivery.gate import clean_scratch, pass_gate
 from llmprune.delivery.manifest import MANIFEST
+from llmprune.engine.budgets import budget_from
 from llmprune.engine.calibrating import calibration_windows, leaked_share, run_text
 from llmprune.engine.cutting import cut
 from llmprune.engine.folder import (
@@ -39,25 +42,29 @@ from llmprune.engine.opening import (
     Opened,
     anatomies_of,
     check_walk,
+    obeying,
     read_tokenizer,
     with_shipment,
 )
 from llmprune.engine.plan import Plan, make_plan
 from llmprune.engine.records import OBEYED, OWN, Records, check_out, check_same_run
-from llmprune.engine.shipping import as_it_is, ship
+from llmprune.engine.shipping import ship, ship_masked
 from llmprune.engine.solving import Outcome
 from llmprune.engine.survey import Surroundings, before_the_cut
 from llmprune.engine.target import reached
+from llmprune.engine.whole_run import HiddenRun, VocabularyRun
 from llmprune.evaluation.perplexity import Question, loss_of_blocks, pose
+from llmprune.evaluation.rolling import predict_text
 from llmprune.report.run import Report, report_data
 from llmprune.walk.forward import Stream, embed
-from llmprune.walk.resident import Resident, in_memory
-from llmprune.walk.rewriting import Rewriting
+from llmprune.walk.resident import Resident, in_memory, set_sizes
+from llmprune.walk.streamed import Streamed
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from llmprune.evaluation.windows import Windows as Asked
     from llmprune.recipe import Recipe
 
 
@@ -76,9 +83,12 @@ def run_streamed(
     Raises:
         LlmpruneError: nothing is published, and the source is as it was.
     """
-    plan, out = opened.plan, Path(str(opened.plan.out))
+    out = Path(str(opened.plan.out))
     records = Records(out=out)
     unfinished = None if overwrite else records.run()
+    if unfinished is not None and unfinished.get("budget"):
+        opened = obeying(opened, budget_from(unfinished["budget"]))
+    plan = opened.plan
     overwrite = overwrite or records.replaces
     map_large_pieces()
     finished = not overwrite and _is_result(out)
@@ -102,7 +112,7 @@ def run_streamed(
         leak = leaked_share(text.tokens, asked_NT, progress)
         if unfinished is not None:
             check_same_run(unfinished, fixed, f"{records.partial} holds the beginning")
-            fixed |= {key: unfinished[key] for key in OBEYED}
+            fixed |= {key: unfinished[key] for key in OBEYED if key in unfinished}
         else:
             check_free_space(out, plan.estimate.disk_bytes, "the result")
             records.discard()
@@ -163,7 +173,6 @@ def _carry_out(
     calibration: Mapping[str, Any] | None = None,
 ) -> Report:
     """Cut, finish, prove and evaluate in the partial folder; return the report."""
-    plan = opened.plan
     seconds: dict[str, float] = {}
     torch.set_num_threads(int(fixed["threads"]))
     clean_scratch(records.partial)
@@ -175,6 +184,80 @@ def _carry_out(
             opened.blocks, tokens_NT, int(fixed["micro_batch"]), place=place, folder=folder
         )
 
+    make = _cut_blocks if opened.plan.whole is None else _cut_model
+    made = make(opened, records, fixed, tokens, question, progress, seconds, fresh)
+    plan = made.plan
+    code = plan.shipment.code if plan.shipment else ()
+    smaller = made.result.skeleton is not opened.blocks.skeleton
+    with _stage(seconds, "gate"), progress.stage("gate", 1) as stage:
+        verdict = pass_gate(
+            records.partial,
+            device=torch.device("cpu"),
+            dtype=plan.dtype,
+            source=opened.source,
+            attention=None if plan.recipe.attention == "auto" else plan.recipe.attention,
+            trust_remote_code=plan.recipe.trust_remote_code or bool(code),
+            masked=made.masked,
+            own_code=bool(code),
+            generate=smaller and plan.dtype == torch.float32,
+        )
+        stage.advance("loads in a fresh process")
+    if smaller:
+        write_json(records.partial / MANIFEST, manifest(opened, plan, fixed))
+    quality, rolling = None, None
+    if question is not None:
+        with _stage(seconds, "evaluate"):
+            if plan.whole is not None and plan.whole.is_vocabulary:
+                rolling = _evaluate_bytes(opened, records, made, question, progress)
+            else:
+                quality = _evaluate(opened, made.result, question, progress)
+    report = Report(
+        report_data(
+            *(plan, made.rows),
+            fixed=fixed,
+            resumed_after=made.resumed,
+            seconds=seconds,
+            progress=progress,
+        )
+        | {
+            "calibration": calibration,
+            "gate": verdict.to_dict(),
+            "perplexity": quality,
+            **({"rolling": rolling} if rolling else {}),
+            "files": made.files,
+        }
+        | ({"target": _reached(plan, quality, progress)} if plan.target else {})
+    )
+    report.data["gate"]["folder"] = str(plan.out)
+    write_json(records.own / "report.json", report.data)
+    return report
+
+
+class Made(NamedTuple):
+    """What was written: the plan with its counts, the report's rows, the last block of an earlier
+    run, hashes of weight files, the result opened for walking, and what its logits must agree with.
+    """
+
+    plan: Plan
+    rows: list[dict[str, Any]]
+    resumed: int | None
+    files: Mapping[str, str]
+    result: Streamed
+    masked: Callable[[Tensor], Tensor] | None
+
+
+def _cut_blocks(
+    opened: Opened,
+    records: Records,
+    fixed: Mapping[str, Any],
+    tokens: Tensor | None,
+    question: Question | None,
+    progress: Progress,
+    seconds: dict[str, float],
+    fresh: Callable[..., Stream],
+) -> Made:
+    """Survey, cut block after block, and write what completes the folder."""
+    plan = opened.plan
     around = Surroundings(
         blocks=opened.blocks,
         progress=progress,
@@ -208,40 +291,31 @@ def _carry_out(
             each.hidden.close()
     with _stage(seconds, "finish"):
         files = complete(opened, plan, blocks, records, rows)
-    code = plan.shipment.code if plan.shipment else ()
-    with _stage(seconds, "gate"), progress.stage("gate", 1) as stage:
-        verdict = pass_gate(
-            records.partial,
-            device=torch.device("cpu"),
-            dtype=plan.dtype,
-            source=opened.source,
-            attention=None if plan.recipe.attention == "auto" else plan.recipe.attention,
-            trust_remote_code=plan.recipe.trust_remote_code or bool(code),
-            masked=masked_logits(plan, blocks, records.own),
-            own_code=bool(code),
-        )
-        stage.advance("loads in a fresh process")
-    if blocks.result.skeleton is not opened.blocks.skeleton:
-        write_json(records.partial / MANIFEST, manifest(opened, plan, fixed))
-    quality = None
-    if question is not None:
-        with _stage(seconds, "evaluate"):
-            quality = _evaluate(opened, blocks, question, progress)
-    report = Report(
-        report_data(
-            plan, rows, fixed=fixed, resumed_after=resumed, seconds=seconds, progress=progress
-        )
-        | {
-            "calibration": calibration,
-            "gate": verdict.to_dict(),
-            "perplexity": quality,
-            "files": files,
-        }
-        | ({"target": _reached(plan, quality, progress)} if plan.target else {})
-    )
-    report.data["gate"]["folder"] = str(plan.out)
-    write_json(records.own / "report.json", report.data)
-    return report
+    masked = masked_logits(plan, blocks, records.own)
+    return Made(plan, rows, resumed, files, blocks.result, masked)
+
+
+def _cut_model(
+    opened: Opened,
+    records: Records,
+    fixed: Mapping[str, Any],
+    tokens: Tensor | None,
+    question: Question | None,
+    progress: Progress,
+    seconds: dict[str, float],
+    fresh: Callable[..., Stream],
+) -> Made:
+    """Learn one choice for the whole model, and write all blocks and files by it."""
+    assert opened.plan.whole is not None and tokens is not None
+    verbs = VocabularyRun if opened.plan.whole.is_vocabulary else HiddenRun
+    run = verbs(opened=opened, records=records, tokens_NT=tokens, embed=fresh, progress=progress)
+    with _stage(seconds, "survey"):
+        choice = run.learn()
+    with _stage(seconds, "cut"):
+        rows, resumed = run.rewrite(choice)
+    with _stage(seconds, "finish"):
+        files = run.finish(choice)
+    return Made(run.plan, rows, resumed, files, run.result(), run.masked(choice))
 
 
 def _reached(plan: Plan, quality: Mapping[str, Any] | None, progress: Progress) -> dict[str, Any]:
@@ -322,10 +396,9 @@ def run_resident(
         with _stage(seconds, "cut"):
             rows, _ = cut(plan, blocks, flow, keeper, progress, gradients=gradients, dense=dense)
         blocks.drop_blocks()
-    assert plan.shipment is not None
-    for key, value in plan.shipment.config.items():
-        if plan.shipment.before.get(key) != value:
-            setattr(model.config, key, value)
+        assert plan.shipment is not None
+        blocks.complete_biases(plan.shipment.skeleton)
+    set_sizes(model, plan.shipment.before, plan.shipment.config)
     data = report_data(plan, rows, fixed={}, seconds=seconds, progress=progress)
     data["calibration"] = calibration
     return Report(data, masks=keeper.masks)
@@ -339,10 +412,9 @@ def _shipped_in_memory(plan: Plan, blocks: Resident) -> Plan:
     """
     skeleton = Skeleton(model=blocks.model, family=blocks.family)
     config = blocks.model.config.to_dict()
-    if plan.form == "masked":
-        return replace(plan, shipment=as_it_is(skeleton, config, len(blocks)))
     anatomies = [blocks.anatomy(index) for index in range(len(blocks))]
-    shipment = ship(plan, skeleton, config, anatomies, dtype=blocks.model.dtype)
+    store = ship_masked if plan.form == "masked" else ship
+    shipment = store(plan, skeleton, config, anatomies, dtype=blocks.model.dtype)
     if shipment.tier != "E0":
         raise WontLoad(
             f"a model in memory keeps its class, which holds equal blocks only (tier E0), and this "
@@ -412,13 +484,13 @@ def evaluation_question(opened: Opened, progress: Progress) -> Question | None:
 
 
 def _evaluate(
-    opened: Opened, blocks: Rewriting, question: Question, progress: Progress
+    opened: Opened, result: Streamed, question: Question, progress: Progress
 ) -> dict[str, Any] | None:
     """Return dense and pruned perplexity of the same windows; a failure costs no proven result."""
     plan = opened.plan
     found = {}
     with progress.stage("perplexity", 2) as stage:
-        for name, side in (("dense", opened.blocks), ("pruned", blocks.result)):
+        for name, side in (("dense", opened.blocks), ("pruned", result)):
             try:
                 loss = loss_of_blocks(
                     replace(side, dtype=plan.dtype),
@@ -434,6 +506,42 @@ def _evaluate(
                 progress.warn(answer.warning)
             stage.advance(name, perplexity=answer.value)
     return found
+
+
+def _evaluate_bytes(
+    opened: Opened, records: Records, made: Made, question: Question, progress: Progress
+) -> dict[str, Any] | None:
+    """Return dense and pruned perplexity per byte of the same text, which each model reads in its
+    own tokens; as long a text as the windows would have been."""
+    plan = opened.plan
+    words = read_tokenizer(opened.source, plan.recipe)
+    fewer = read_tokenizer(open_folder(records.partial), plan.recipe)
+    text = evaluation_text(question.data, tokenizer=words)
+    text = text[: len(text) * question.windows.inputs_NT.numel() // len(token_ids(text, words))]
+    found: dict[str, Any] = {}
+    sides = {"dense": (opened.blocks, words), "pruned": (made.result, fewer)}
+    with progress.stage("perplexity", 2) as stage:
+        for name, (side, tokenizer) in sides.items():
+            blocks = replace(side, dtype=plan.dtype)
+            micro_batch = plan.estimate.micro_batch
+            try:
+                answer = predict_text(
+                    partial(_loss, blocks, micro_batch),
+                    *(text, tokenizer),
+                    data=question.data,
+                    seq_len=plan.seq_len,
+                    dtype=plan.dtype_name,
+                )
+            except LlmpruneError as error:
+                progress.warn(f"perplexity is not measured: {error}")
+                return None
+            found[name] = asdict(answer)
+            stage.advance(name, byte_perplexity=answer.byte_perplexity)
+    return found
+
+
+def _loss(blocks: Streamed, micro_batch: int, windows: Asked) -> tuple[float, int]:
+    return loss_of_blocks(blocks, *windows, micro_batch=micro_batch)
 
 
 def _is_result(out: Path) -> bool:

@@ -6,7 +6,7 @@ import os
 import random
 import string
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.skeleton import Skeleton, build_skeleton, read_config
 from llmprune.delivery import gate
 from llmprune.delivery import stock as stock_script
+from llmprune.engine import pace
 from llmprune.walk.streamed import Streamed, stream
 
 # A busy machine must not fail a property, and CI looks at the same examples every time.
@@ -145,6 +146,33 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+class Clock:
+    """Stands in for measured latencies: seconds of a block that follow from its sizes."""
+
+    def __init__(self) -> None:
+        self.fixed, self.ffn, self.heads, self.trunk = 1.0, 5.0, 4.0, 2.0
+        self.measured: list[dict[str, int]] = []
+
+    def block(self, config: Any, sizes: Mapping[str, int]) -> float:
+        wide = sizes.get("intermediate_size", config.intermediate_size) / config.intermediate_size
+        key = "num_attention_heads"
+        heads = sizes.get(key, config.num_attention_heads) / config.num_attention_heads
+        return self.fixed + self.ffn * wide + self.heads * heads
+
+    def table(self, config: Any, candidates: Sequence[Mapping[str, int]], **_: Any) -> list[float]:
+        self.measured += [dict(sizes) for sizes in candidates]
+        return [self.block(config, sizes) for sizes in candidates]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Let targets of latency be met on a clock that a busy machine does not disturb."""
+    steady = Clock()
+    monkeypatch.setattr(pace, "latency_table", lambda *args, **rest: steady.table(*args, **rest))
+    monkeypatch.setattr(pace, "trunk_latency", lambda *args, **rest: steady.trunk)
+    return steady
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
     python eval/oneshot/demo.py wanda sparsegpt best --amounts 0.6 2:4 --seeds 0 1 2
     python eval/oneshot/demo.py alps+allocation=sensitivity --amounts 0.7 --text a.txt b.txt
+    python eval/oneshot/demo.py compact flap+form=masked --amounts 0.2 --every 4
 
 A method is a row of `llmprune methods` or an effort; `+KEY=VALUE` sets keys of the prune step. Each
 seed draws its own calibration windows. `--tokens FILE.safetensors` takes the tensors `calibration`
@@ -50,6 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--every", type=int, default=1, help="measure on every Nth window")
     parser.add_argument("--text", nargs="*", type=Path, default=[])
     parser.add_argument("--tokens", type=Path)
     parser.add_argument("--out", type=Path, default=Path("oneshot.jsonl"))
@@ -59,10 +61,12 @@ def arguments() -> argparse.Namespace:
 def evaluation_windows(asked: argparse.Namespace, tokenizer: Any) -> Tensor:
     """Return the windows (N, T) whose perplexity is measured."""
     if asked.tokens and not asked.text:
-        return load_file(asked.tokens)["evaluation"].long()
+        return load_file(asked.tokens)["evaluation"].long()[:: asked.every]
     texts = [path.read_text(encoding="utf-8") for path in asked.text]
     text = "\n\n".join(texts) if texts else evaluation_text("demo", tokenizer=tokenizer)
-    return pose(text, tokenizer, data="text", seq_len=asked.seq_len).windows.inputs_NT
+    return pose(text, tokenizer, data="text", seq_len=asked.seq_len).windows.inputs_NT[
+        :: asked.every
+    ]
 
 
 def measure(
@@ -115,6 +119,7 @@ def facts(report: llmprune.Report) -> dict[str, Any]:
     rows = [row for block in report.data["blocks"] for row in block["sites"]]
     accepted = [row["accepted"] for row in rows if "accepted" in row]
     found: dict[str, Any] = {"sparsity": round(report.sparsity, 6)}
+    found |= {"parameters": report.data["parameters_after"]}
     found |= {"accepted": round(min(accepted), 4)} if accepted else {}
     return found | ({"verdict": report.data["verdict"]} if report.data.get("verdict") else {})
 

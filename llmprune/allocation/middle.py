@@ -43,7 +43,7 @@ def spare_ends_of_depth(request: Request) -> dict[str, Fraction]:
     check_removable(request, sites)
     asked = asked_cost(request)
     share = Fraction(asked, sum(site.num_weights for site in sites))
-    grids = {site.name: legal_counts(site, request.multiple) for site in sites}
+    grids = {site.name: legal_counts(site, request.multiple, request.parallel) for site in sites}
     counts = {
         site.name: max(count for count in grids[site.name] if count <= share * site.num_units)
         for site in sites

@@ -59,6 +59,7 @@ def by_pool(request: Request) -> dict[str, Fraction]:
         teams=teams_of(sites, request.ties),
         covers=covers_of(sites),
         multiple=request.multiple,
+        parallel=request.parallel,
         chunks=option(request, "chunks", least=1),
     )
     need, counts, order = asked_cost(request), dict[str, int](), list[int]()
@@ -106,6 +107,7 @@ class Pool:
     teams: Sequence[Sequence[Site]]
     covers: Covers
     multiple: int | None
+    parallel: int
     chunks: float
 
     def steps(self, counts: Counts, missing: int) -> list[Step]:
@@ -126,7 +128,8 @@ class Pool:
         now = max(counts.get(site.name, 0) for site in sites)
         cost = sum(site.unit_cost for site in sites)
         aim = now + min(sites[0].num_units / self.chunks, missing / cost)
-        more = [count for count in legal_counts(sites[0], self.multiple) if count > now]
+        legal = legal_counts(sites[0], self.multiple, self.parallel)
+        more = [count for count in legal if count > now]
         if not more:
             return None
         count = next((count for count in more if count >= aim), more[-1])

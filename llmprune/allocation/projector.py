@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 
@@ -27,7 +29,8 @@ Limits = Mapping[str, Fraction]
 class _Group:
     """Sites that lose the same number of units: the wish, what one unit of all costs, the grid.
 
-    `least` and `most` are the lowest and the highest legal count.
+    `least` and `most` are the lowest and the highest legal count, `legal` all of them where
+    they are not those of a grid.
     """
 
     sites: tuple[str, ...]
@@ -37,6 +40,7 @@ class _Group:
     multiple: int
     least: int
     most: int
+    legal: tuple[int, ...] = ()
 
     @property
     def remainder(self) -> int:
@@ -45,6 +49,8 @@ class _Group:
 
     def after(self, count: int) -> int:
         """Return the next legal count."""
+        if self.legal:
+            return self.legal[bisect_right(self.legal, count)]
         return self.remainder if count < self.remainder else count + self.multiple
 
     def due(self, count: int) -> Fraction:
@@ -54,6 +60,10 @@ class _Group:
     def nearest(self, offset: Fraction) -> int:
         """Return the legal count with all steps due up to `offset` taken."""
         wished = (self.share + offset) * self.units
+        if self.legal:
+            middles = [low + high for low, high in pairwise(self.legal)]
+            found = self.legal[bisect_right(middles, 2 * wished)]
+            return max(self.least, min(self.most, found))
         if 2 * wished < self.remainder:
             return self.least
         steps = (wished - self.remainder) / self.multiple + Fraction(1, 2)
@@ -72,6 +82,7 @@ def project(
     what: str = "",
     at_least: Limits | None = None,
     at_most: Limits | None = None,
+    legal: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, int]:
     """Return how many units every site loses.
 
@@ -91,6 +102,7 @@ def project(
         exact: roundings of many sites may not add up to more than the last unit.
         at_least: shares that sites lose at least, rounded down to a legal count.
         at_most: shares that sites lose at most, rounded up to a whole unit.
+        legal: in place of `multiple` and limits, the counts that each site may lose, ascending.
 
     Raises:
         RecipeError: the budget is more or less than can be removed; says how much can.
@@ -101,13 +113,13 @@ def project(
     {'a': 4, 'b': 4}
     """
     grids = multiple if isinstance(multiple, Mapping) else dict.fromkeys(units, multiple or 1)
-    groups = _groups(shares, units, costs, ties, grids, at_least or {}, at_most or {})
+    groups = _groups(shares, units, costs, ties, grids, at_least or {}, at_most or {}, legal or {})
     total = sum(group.units * group.cost for group in groups)
     asked = Fraction(budget) if isinstance(budget, int) else budget * total
     _check_reachable(groups, asked, total, what, limited=bool(at_least or at_most))
     counts = [group.nearest(Fraction(0)) for group in groups]
     off = abs(_removed(groups, counts) - asked)
-    plain = not ties and multiple is None
+    plain = not ties and multiple is None and legal is None
     if not plain or (off if exact else 2 * off > sum(group.cost for group in groups)):
         counts = _climb(groups, asked)
     return {site: counts[index] for site, index in _index_of_sites(groups, units).items()}
@@ -130,6 +142,7 @@ def _groups(
     grids: Mapping[str, int],
     at_least: Limits,
     at_most: Limits,
+    legal: Mapping[str, Sequence[int]],
 ) -> list[_Group]:
     """Return tied sites, then each other site alone; a group wishes its mean share by cost."""
     tied = [site for tie in ties for site in tie]
@@ -148,9 +161,9 @@ def _groups(
             min(at_most.get(site, Fraction(1)) for site in sites),
         )
         multiple = max(grids[site] for site in sites)
-        groups.append(
-            _Group(tuple(sites), share, num, cost, multiple, *_legal(num, multiple, *limits))
-        )
+        allowed = tuple(legal.get(sites[0], ()))
+        ends = (allowed[0], allowed[-1]) if allowed else _legal(num, multiple, *limits)
+        groups.append(_Group(tuple(sites), share, num, cost, multiple, *ends, allowed))
     return groups
 
 
@@ -172,7 +185,9 @@ def _check_reachable(
     most = sum(group.most * group.cost for group in groups)
     least = sum(group.least * group.cost for group in groups)
     if asked > most:
-        multiple = max(group.multiple for group in groups)
+        multiple = max(
+            group.units - group.most if group.legal else group.multiple for group in groups
+        )
         stays = "one unit" if multiple == 1 else f"a width of {multiple}"
         lower = "" if multiple == 1 else " or `multiple`"
         of = f"of {what} " if what else ""
@@ -182,7 +197,7 @@ def _check_reachable(
             f"{most / total:.6g} can, because every site {of}keeps at least {stays}{limits}; lower "
             f"`sparsity`{lower}."
         )
-    if least and asked < least:
+    if limited and asked < least:
         raise RecipeError(
             f"sparsity: {float(asked / total):.6g} is less than the {least / total:.6g} that the "
             "limits of single sites remove; raise `sparsity`, or lower the limits."
@@ -228,6 +243,8 @@ def _counts_below(groups: Sequence[_Group], asked: Fraction) -> list[int]:
 
 def _offset_near(groups: Sequence[_Group], asked: float) -> float:
     """Return the offset at which the removed cost passes the budget, by bisection in floats."""
+    if any(group.legal for group in groups):
+        return _offset_of(lambda t: _removed(groups, _nearest(groups, t)), groups, asked)
     share_G = np.array([float(group.share) for group in groups])
     units_G, cost_G, multiple_G, least_G, most_G = (
         np.array([getattr(group, name) for group in groups], dtype=np.float64)
@@ -241,8 +258,19 @@ def _offset_near(groups: Sequence[_Group], asked: float) -> float:
         counts_G[2 * wished_G < rest_G] = 0
         return float(np.clip(counts_G, least_G, most_G) @ cost_G)
 
-    low = -1 - max(share_G, default=0.0)  # removes the least
-    high = 2 - min(share_G, default=0.0)  # removes the most
+    return _offset_of(removed, groups, asked)
+
+
+def _nearest(groups: Sequence[_Group], offset: float) -> list[int]:
+    """Return the counts at an offset."""
+    return [group.nearest(Fraction(offset)) for group in groups]
+
+
+def _offset_of(removed: Callable[[float], float], groups: Sequence[_Group], asked: float) -> float:
+    """Return the offset at which the removed cost passes the budget, by bisection."""
+    shares = [float(group.share) for group in groups]
+    low = -1 - max(shares, default=0.0)  # removes the least
+    high = 2 - min(shares, default=0.0)  # removes the most
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if removed(middle) < asked else (low, middle)

@@ -116,7 +116,7 @@ def _ladder(request: Request, index: int, team: Sequence[Site]) -> Iterator[Step
     ordered_U = torch.stack([
         in_order(known[site.name].double().nan_to_num(0.0), site.num_groups) for site in team
     ]).mean(dim=0)  # fmt: skip
-    counts = legal_counts(team[0], request.multiple)
+    counts = legal_counts(team[0], request.multiple, request.parallel)
     for before, count in itertools.pairwise(counts):
         cost = (count - before) * sum(site.unit_cost for site in team)
         yield Step(float(ordered_U[before:count].mean()), cost, index, count)

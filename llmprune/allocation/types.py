@@ -68,8 +68,9 @@ class Request:
     `named` are the shares that the recipe gives single sites, `profiles` what a survey learnt,
     `options` the row's numbers (the recipe's, else their defaults); `seed` is the run's. `ties` are
     sites that must lose equally many units, `multiple` what kept widths of channels must be
-    multiples of, as far as the form of the result demands either. Into `facts` an allocation writes
-    numbers that a report should show. `remeasure` walks the model without some shares of its units
+    multiples of, as far as the form of the result demands either, `parallel` how many devices share
+    the heads and channels of a block. Into `facts` an allocation writes numbers that a report
+    should show. `remeasure` walks the model without some shares of its units
     and returns the statistic `residual` of every block.
 
     Of units, `target` is of all weights of `sites`, those that two sites share counted twice; a
@@ -85,6 +86,7 @@ class Request:
     seed: int = 0
     probe: Probe | None = None
     multiple: int | None = None
+    parallel: int = 1
     ties: tuple[tuple[str, ...], ...] = ()
     facts: dict[str, float] = field(default_factory=dict)
     remeasure: Remeasure | None = None

@@ -13,31 +13,64 @@ from fractions import Fraction
 
 from llmprune.allocation.fitting import option
 from llmprune.allocation.types import Candidate, Request
-from llmprune.arch.couplings import CHANNELS, DEPTHS, EXPERT_CHANNELS
-from llmprune.arch.types import Site
+from llmprune.arch.couplings import CHANNELS, DEPTHS, EXPERT_CHANNELS, HEADS, QUERY_HEADS
+from llmprune.arch.types import Site, Span
 from llmprune.base.errors import RecipeError
 
 Counts = Mapping[str, int]
 Covers = Mapping[str, Sequence[str]]
 
 
-def legal_counts(site: Site, multiple: int | None) -> list[int]:
+def legal_counts(site: Site, multiple: int | None, parallel: int = 1) -> list[int]:
     """Return how many units a site may lose, in ascending order, 0 among them.
 
     Kept widths of channels are multiples of `multiple`, and groups in which units compete keep
-    equally many. At least one unit, or one multiple, stays, but for sites that may go whole.
+    equally many. As many units as the site says stay, one or one multiple at least, but for sites
+    that may go whole. What `parallel` devices are to share has a whole part for each: multiples of
+    channels, query heads, and key/value heads or whole copies of them. Where what there is has not,
+    0 is not legal.
 
     >>> site = Site(name="f", block=0, spans=(), num_units=10, unit_cost=1, kind="ffn-channels")
-    >>> legal_counts(site, 4)
-    [0, 2, 6]
+    >>> legal_counts(site, 4), legal_counts(site, 1, parallel=4)
+    ([0, 2, 6], [2, 6])
     """
     if site.kind in DEPTHS:
         return [0, 1]
-    grid = math.lcm(
-        site.num_groups, (multiple or 1) if site.kind in (CHANNELS, EXPERT_CHANNELS) else 1
-    )
-    kept = range(site.num_units // grid * grid, 0, -grid)
-    return sorted({0, *(site.num_units - width for width in kept)})
+    wide = site.kind in (CHANNELS, EXPERT_CHANNELS)
+    grid = math.lcm(site.num_groups, site.grid, (multiple or 1) * parallel if wide else 1)
+    fewest = -(-site.least // grid) * grid
+    kept = {site.num_units, *range(fewest, site.num_units + 1, grid)}
+    if parallel > 1:
+        kept = {width for width in kept if _is_shareable(site, width, parallel)}
+    return sorted(site.num_units - width for width in kept)
+
+
+def _is_shareable(site: Site, width: int, devices: int) -> bool:
+    """Tell whether devices can share what is left of a site."""
+    if site.kind == HEADS:
+        return shareable(width * heads_per_unit(site.spans), width, devices)
+    if site.kind == QUERY_HEADS:
+        return shareable(width, site.num_groups, devices)
+    return site.kind not in (CHANNELS, EXPERT_CHANNELS) or width % devices == 0
+
+
+def shareable(num_heads: int, num_groups: int, devices: int) -> bool:
+    """Tell whether devices can share heads equally, each with whole key/value heads or a copy.
+
+    >>> shareable(32, 8, 4), shareable(32, 2, 4), shareable(12, 3, 2)
+    (True, True, False)
+    """
+    return num_heads % devices == 0 and (num_groups % devices == 0 or devices % num_groups == 0)
+
+
+def heads_per_unit(spans: Sequence[Span]) -> int:
+    """Return the query heads of a key/value group, from the rows and columns that it owns.
+
+    Rows beyond as many as the output projection has columns are those of one key and one value.
+    """
+    rows = sum(span.width for span in spans if span.axis == "out")
+    columns = sum(span.width for span in spans if span.axis == "in")
+    return 2 * columns // (rows - columns)
 
 
 def covers_of(sites: Sequence[Site]) -> dict[str, list[str]]:
@@ -108,7 +141,9 @@ def check_removable(request: Request, sites: Sequence[Site]) -> None:
         RecipeError: they hold less; says how much they do.
     """
     covers = covers_of(sites)
-    every = {site.name: legal_counts(site, request.multiple)[-1] for site in sites}
+    every = {
+        site.name: legal_counts(site, request.multiple, request.parallel)[-1] for site in sites
+    }
     removable = removed_cost(sites, after({}, every, covers))
     if len(sites) == len(request.sites) and all(site.kind in DEPTHS for site in sites):
         removable -= min(site.unit_cost for site in sites)  # something stays between the ends

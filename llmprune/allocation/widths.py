@@ -89,7 +89,8 @@ class Space:
         blocks = _in_turn([site for site in sites if site.kind == BLOCK], request)
         kinds = _kinds([site for site in sites if site.kind not in DEPTHS], request.ties)
         most = min(len(blocks), len({site.block for site in request.sites}) - 1)  # one stays
-        legal = [range(most + 1), *(legal_counts(kind[0], request.multiple) for kind in kinds)]
+        counts = [legal_counts(kind[0], request.multiple, request.parallel) for kind in kinds]
+        legal = [range(most + 1), *counts]
         return cls(sites=sites, blocks=blocks, kinds=kinds, legal=legal)
 
     def counts(self, levels: Levels) -> dict[str, int]:

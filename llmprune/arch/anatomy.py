@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llmprune.arch.couplings import couplings_of
+from llmprune.arch.experts import expert_couplings
 from llmprune.arch.types import Coupling, Family, Linear, Tap, Unfuse
 from llmprune.base.errors import UnsupportedModel
 
@@ -66,7 +67,11 @@ def anatomy_of(family: Family, shapes: Shapes) -> Anatomy:
         )
     linears = {name: linear for name, linear in linears.items() if name in read}
     couplings, lacks = couplings_of(family, linears, shapes)
-    return Anatomy(linears=linears, taps=taps, couplings=couplings, lacks=lacks)
+    routers = [name for name in shapes if is_router(name, shapes)]
+    experts, more = expert_couplings(family.mixture, linears, shapes, routers)
+    return Anatomy(
+        linears=linears, taps=taps, couplings=(*couplings, *experts), lacks={**lacks, **more}
+    )
 
 
 def split_index(name: str) -> tuple[str, int | None]:

@@ -1,4 +1,4 @@
-"""Experts of a mixture and the channels inside them: what moves with them, how they are cut out.
+"""Experts of a mixture and the channels inside them: what moves with them, and how many must stay.
 
 Experts are stacked on the first axis of their parameters, (E, 2F, D) and (E, D, F), or transposed;
 or they are modules in a list, numbered. Rows and biases of the router, and what corrects its
@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 from llmprune.arch.couplings import EXPERT_CHANNELS, EXPERTS, Linears, Shapes
 from llmprune.arch.limits import ACTIVE
 from llmprune.arch.limits import EXPERTS as COUNT_KEYS
-from llmprune.arch.types import Coupling, Linear, Span
+from llmprune.arch.types import Coupling, Mixture, Span
 from llmprune.base.errors import UnsupportedModel, WontLoad
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 WIDTH_KEYS = ("moe_intermediate_size", "expert_intermediate_size", "expert_ffn_hidden_size",
               "intermediate_size", "ffn_dim")  # fmt: skip
@@ -32,27 +28,6 @@ MULTIPLE = 8  # grouped products want rows of a multiple of 16 bytes, which 8 ch
 
 NUMBERED = re.compile(r"^(.*\bexperts)\.(\d+)(?=\.)")
 PER_EXPERT = re.compile(r"(expert|score|correction)\w*(bias|scale)$")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mixture:
-    """What a config says of its mixtures of experts.
-
-    A token meets `active` of `num_experts`, which `count_key` counts. Where the router first
-    chooses `top_groups` of `num_groups` equal, consecutive groups, each needs `least` experts.
-    `widths` are the entries that may count the channels of an expert. Shared experts are as many
-    times as wide as their number, unless an entry of the config counts their channels `apart`.
-    """
-
-    num_experts: int
-    count_key: str
-    active: int
-    widths: tuple[tuple[str, int], ...]
-    num_shared: int = 0
-    apart: bool = False
-    num_groups: int = 1
-    top_groups: int = 1
-    least: int = 1
 
 
 def mixture_of(config: Any) -> Mixture | None:
@@ -165,81 +140,12 @@ def experts_of(linears: Linears) -> dict[int, list[str]]:
     return dict(sorted(experts.items()))
 
 
-def cut_experts(
-    params: Mapping[str, Tensor], coupling: Coupling, kept_K: Tensor, linears: Linears
-) -> dict[str, Tensor]:
-    """Return a block's parameters and buffers with these experts (indices) alone.
-
-    What has no entry per expert is the same object as before. Experts in a list are numbered anew.
-
-    Raises:
-        UnsupportedModel: a tensor beside the experts has an entry per expert, and is not known.
-        ValueError: the groups of the router would not lose equally many.
-    """
-    kept = sorted(int(expert) for expert in kept_K)
-    _check_groups(coupling, kept)
-    shapes = {name: tuple(value.shape) for name, value in params.items()}
-    homes = _homes(linears) | {_root(name, _owner(linears)) for name, _ in coupling.vectors}
-    axes = _axes(shapes, coupling.num_units, homes, linears)
-    place = {expert: index for index, expert in enumerate(kept)}
-    cut: dict[str, Tensor] = {}
-    for name, value in params.items():
-        match = NUMBERED.match(name)
-        if name in axes:
-            index_K = kept_K.new_tensor(kept).to(value.device)
-            cut[name] = value.index_select(axes[name], index_K)
-        elif match is None or match[1] not in homes:
-            cut[name] = value
-        elif int(match[2]) in place:
-            cut[f"{match[1]}.{place[int(match[2])]}{name[match.end() :]}"] = value
-    return cut
-
-
-def cut_expert_channels(
-    params: Mapping[str, Tensor],
-    couplings: Sequence[Coupling],
-    kept: Sequence[Tensor],
-    linears: Linears,
-) -> dict[str, Tensor]:
-    """Return a block's parameters with these channels (indices, one kept_K per coupling) alone.
-
-    Which channels an expert keeps is its own affair, how many is not. What holds no channel is the
-    same object as before; channels keep their order.
-
-    Raises:
-        ValueError: couplings keep different numbers, or not all experts of a stack are cut.
-        UnsupportedModel: a tensor of the experts seems to have an entry per channel, unknown here.
-    """
-    if len({len(kept_K) for kept_K in kept}) != 1:
-        raise ValueError(
-            f"{sorted({len(kept_K) for kept_K in kept})} channels would be left of experts that "
-            "lie in one stack: all must keep equally many. Give the same count for each."
-        )
-    chosen: dict[tuple[str, int], dict[int | None, list[int]]] = {}
-    for coupling, kept_K in zip(couplings, kept, strict=True):
-        for span in coupling.spans:
-            linear = linears[span.linear]
-            side = 0 if span.axis == "out" else 1
-            place = chosen.setdefault((linear.param, side), {})
-            place.setdefault(linear.expert, []).extend(_places(linear, span, kept_K))
-    cut = dict(params)
-    transposed = {linear.param for linear in linears.values() if linear.transposed}
-    for (param, side), by_expert in chosen.items():
-        axis = 1 - side if param in transposed else side
-        cut[param] = _sliced(param, cut[param], axis, by_expert)
-        bias = _bias(param)
-        if side == 0 and bias in params:
-            cut[bias] = _sliced(bias, cut[bias], 0, by_expert)
-    _check_channels(params, cut, couplings, linears)
-    return cut
-
-
 def _odd_experts(mixture: Mixture | None, num_experts: int, linears: Linears) -> str | None:
     """Say why the experts of a block are not one mixture that the config speaks of."""
     if mixture is None or num_experts != mixture.num_experts:
         counted = f"{mixture.num_experts} of them" if mixture else "none"
         return f"it has {num_experts} experts where its config counts {counted}"
-    owners = {_parent(home) for home in _homes(linears)}
+    owners = {parent_of(home) for home in homes_of(linears)}
     if len(owners) > 1:
         return f"its experts belong to more than one mixture: {', '.join(sorted(owners))}"
     return None
@@ -262,11 +168,13 @@ def _whole(
     rows = {name for name in rows if len(shapes[name]) == 2 and shapes[name][0] == num_experts}
     if not rows:
         raise UnsupportedModel(f"no router with a row for each of its {num_experts} experts")
-    roots = {_root(name, _owner(linears)) for name in rows}
-    homes = _homes(linears) | roots
+    roots = {root_of(name, owner_of(linears)) for name in rows}
+    homes = homes_of(linears) | roots
     stacked = {linear.param for linear in linears.values()}
-    names = [name for name in _axes(shapes, num_experts, homes, linears) if name not in stacked]
-    paths = {_owner(linears), *homes, *map(_parent, rows)} - {"", *rows}
+    names = [
+        name for name in axes_by_expert(shapes, num_experts, homes, linears) if name not in stacked
+    ]
+    paths = {owner_of(linears), *homes, *map(parent_of, rows)} - {"", *rows}
     return Coupling(
         name=EXPERTS,
         spans=tuple(
@@ -276,6 +184,7 @@ def _whole(
         ),
         num_units=num_experts,
         num_groups=mixture.num_groups,
+        least=fewest_experts(mixture),
         config_keys=((mixture.count_key, 1),),
         vectors=tuple((name, 1) for name in names),
         module_sizes=tuple((path, key, 1) for path in sorted(paths) for key in COUNT_SIZES),
@@ -298,20 +207,21 @@ def _channels(
     if key is None:
         raise UnsupportedModel(f"no entry of its config counts the {sorted(widths)} channels")
     width = widths.pop()
-    paths = sorted(_homes(linears))
+    paths = sorted(homes_of(linears))
     sizes = [(path, name, 1) for path in paths for name in WIDTH_SIZES]
-    groups = [(spans[expert], 1) for expert in experts]
+    groups = [(str(expert), spans[expert], 1) for expert in experts]
     if shared := _shared(mixture, width, linears):
-        groups.append(shared)
+        groups.append(("shared", *shared))
     return [
         Coupling(
-            name=EXPERT_CHANNELS,
+            name=f"{EXPERT_CHANNELS}.{which}",
             spans=tuple(found),
             num_units=width,
+            grid=MULTIPLE,
             config_keys=((key, 1),),
             module_sizes=(*sizes, *_features(found, linears, times)),
         )
-        for found, times in groups
+        for which, found, times in groups
     ]
 
 
@@ -321,7 +231,7 @@ def _shared(mixture: Mixture, width: int, linears: Linears) -> tuple[list[Span],
     Raises:
         UnsupportedModel: their width is no multiple of the routed experts'.
     """
-    owner = _owner(linears)
+    owner = owner_of(linears)
     names = [
         name
         for name, linear in linears.items()
@@ -365,30 +275,31 @@ def _features(
     for span in spans:
         if linears[span.linear].param == f"{span.linear}.weight":
             yield span.linear, "out_features" if span.axis == "out" else "in_features", times
+            yield from ((parent_of(span.linear), name, times) for name in WIDTH_SIZES)
 
 
-def _homes(linears: Linears) -> set[str]:
+def homes_of(linears: Linears) -> set[str]:
     """Return the modules that hold the routed experts."""
-    homes = {_parent(one.param) for one in linears.values() if one.expert is not None}
+    homes = {parent_of(one.param) for one in linears.values() if one.expert is not None}
     return homes | {match[1] for name in linears if (match := NUMBERED.match(name))} - {""}
 
 
-def _owner(linears: Linears) -> str:
+def owner_of(linears: Linears) -> str:
     """Return the path of the mixture, which its experts' modules are parts of."""
-    return _parent(min(_homes(linears)))
+    return parent_of(min(homes_of(linears)))
 
 
-def _root(name: str, owner: str) -> str:
+def root_of(name: str, owner: str) -> str:
     """Return the part of a mixture that a router's parameter lies in.
 
-    >>> _root("mlp.router.gate.weight", "mlp"), _root("router.proj.weight", "")
+    >>> root_of("mlp.router.gate.weight", "mlp"), root_of("router.proj.weight", "")
     ('mlp.router', 'router')
     """
     start = f"{owner}." if owner else ""
     return start + name.removeprefix(start).partition(".")[0]
 
 
-def _axes(
+def axes_by_expert(
     shapes: Shapes, num_experts: int, homes: Collection[str], linears: Linears
 ) -> dict[str, int]:
     """Return what has an entry per expert, with the axis: of the stacks, the router, beside it.
@@ -396,7 +307,7 @@ def _axes(
     Raises:
         UnsupportedModel: something of the mixture has one, and is not known.
     """
-    owner = _owner(linears)
+    owner = owner_of(linears)
     plain = {linear.param for linear in linears.values() if linear.expert is None}
     axes: dict[str, int] = {}
     for name, shape in shapes.items():
@@ -420,88 +331,6 @@ def _axes(
     return axes
 
 
-def _check_groups(coupling: Coupling, kept: Sequence[int]) -> None:
-    """Check that every group of the router keeps equally many experts.
-
-    Raises:
-        ValueError: they do not, or an expert is named twice or does not exist.
-    """
-    if len(set(kept)) != len(kept) or not kept or kept[-1] >= coupling.num_units or kept[0] < 0:
-        raise ValueError(f"{kept} are not some of {coupling.num_units} experts, each named once")
-    size = coupling.num_units // coupling.num_groups
-    counts = [sum(e // size == group for e in kept) for group in range(coupling.num_groups)]
-    if len(set(counts)) != 1:
-        raise ValueError(
-            f"the groups of the router would keep {counts} experts: they must stay equal. Keep "
-            "equally many of each."
-        )
-
-
-def _places(linear: Linear, span: Span, kept_K: Tensor) -> list[int]:
-    """Return the rows (or columns) of the whole matrix that these units own."""
-    own = [
-        span.offset + unit * span.width + step
-        for unit in sorted(kept_K.tolist())
-        for step in range(span.width)
-    ]
-    if span.axis == "in" or linear.num_parts == 1:
-        return own
-    if linear.interleaved:
-        return [place * linear.num_parts + linear.part for place in own]
-    return [linear.part * linear.shape[0] + place for place in own]
-
-
-def _sliced(
-    name: str, value: Tensor, axis: int, by_expert: Mapping[int | None, list[int]]
-) -> Tensor:
-    """Return a parameter, or all matrices of a stack, with these slices of one axis.
-
-    Raises:
-        ValueError: matrices of the stack are missing.
-    """
-    import torch
-
-    def part(one: Tensor, places: list[int]) -> Tensor:
-        return one.index_select(axis, torch.tensor(sorted(places), device=one.device))
-
-    if None in by_expert:
-        return part(value, by_expert[None])
-    if sorted(expert for expert in by_expert if expert is not None) != list(range(len(value))):
-        raise ValueError(
-            f"{name} stacks {len(value)} experts, of which {len(by_expert)} would be cut: one "
-            "cannot be narrower than another. Cut all of them."
-        )
-    return torch.stack([part(value[expert], by_expert[expert]) for expert in range(len(value))])
-
-
-def _check_channels(
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
-    couplings: Sequence[Coupling],
-    linears: Linears,
-) -> None:
-    """Check that nothing else of the experts' modules has an entry per channel.
-
-    Raises:
-        UnsupportedModel: something may have.
-    """
-    width = couplings[0].num_units
-    narrow = {_bias(linears[row.spans[-1].linear].param) for row in couplings}  # D may equal F
-    for name, value in before.items():
-        home = _parent(name) in _homes(linears)
-        if home and after[name] is value and name not in narrow and width in value.shape[1:]:
-            raise UnsupportedModel(
-                f"{name} {list(value.shape)} may have an entry for each of {width} channels, and "
-                "it is not known which: a channel cannot go without it"
-            )
-
-
-def _bias(param: str) -> str:
-    """Return the name of the bias that belongs to a weight."""
-    own = param.endswith(".weight")
-    return param.removesuffix("weight") + "bias" if own else param + "_bias"
-
-
-def _parent(name: str) -> str:
+def parent_of(name: str) -> str:
     """Return the path of the module that holds a parameter."""
     return name.rpartition(".")[0]

@@ -38,8 +38,9 @@ class Layout:
     @property
     def uniform(self) -> bool:
         """Tell whether one number of every size serves all blocks, and none lacks a half."""
+        widest = self.widest
         return not any(block.without for block in self.blocks) and all(
-            block.sizes == self.blocks[0].sizes for block in self.blocks
+            widest[key] == size for block in self.blocks for key, size in block.sizes.items()
         )
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmprune.arch.anatomy import EXPERT, is_router
 from llmprune.arch.couplings import heads_of
+from llmprune.arch.experts import mixture_of
 from llmprune.arch.miniature import SEQ_LEN, miniature_model
 from llmprune.arch.products import Products, slices
 from llmprune.arch.table import GATED_FFN, HEADS, row_of
@@ -49,11 +50,12 @@ def find_family(config: Any, *, trust_remote_code: bool = False) -> Family:
         UnsupportedModel: neither; says what was found.
     """
     if (row := row_of(config.model_type)) is not None:
-        return replace(row, heads=heads_of(config))
+        return replace(row, heads=heads_of(config), mixture=mixture_of(config))
     data = json.dumps(config.to_dict(), sort_keys=True, default=str)
     kind: Any = type(config)
     found = _probed(data, kind, trust_remote_code)
-    return replace(found, heads=heads_of(config), ffns=(GATED_FFN,), attentions=(HEADS,))
+    sized = replace(found, heads=heads_of(config), mixture=mixture_of(config))
+    return replace(sized, ffns=(GATED_FFN,), attentions=(HEADS,))
 
 
 @cache

@@ -52,6 +52,18 @@ def resized(config: Mapping[str, Any], layout: Layout, sizes: Mapping[str, int])
     return changed | dict(sizes)
 
 
+def as_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config.json of a Llama without biases as that of the same model, a Mistral.
+
+    >>> as_mistral({"model_type": "llama", "head_dim": 8, "mlp_bias": False})["model_type"]
+    'mistral'
+    """
+    left_out = ("attention_bias", "mlp_bias", "pretraining_tp")
+    twin = {key: value for key, value in config.items() if key not in left_out}
+    twin |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    return twin | {"sliding_window": None}
+
+
 def _renumbered(name: str, value: Any, kept: Sequence[int], num_blocks: int) -> Any:
     """Return an entry of the config for the blocks that are left."""
     places = {source: place for place, source in enumerate(kept)}
@@ -70,7 +82,7 @@ def check_blocks_alike(
     """Check that every block of a result is of the kind of the block that it came from.
 
     `roots` are, for every half that may be gone, the paths of the modules that it lies in. Classes
-    are compared where the model's class is the same.
+    are compared where both are of the same model's code.
 
     Raises:
         WontLoad: one is not; names the block and what differs.
@@ -78,17 +90,29 @@ def check_blocks_alike(
     for place, block in enumerate(layout.blocks):
         one, other = source[block.source], result[place]
         before, after = kind_of(one), kind_of(other)
+        same = type(one).__module__ == type(other).__module__  # else of another model's code
         gone = [root for half in block.without for root in roots.get(half, ())]
+        if block.without:  # what stands in place of a half, or of its norm, holds nothing
+            gone += [path for path, module in other.named_modules() if _is_empty(module)]
         for name in sorted(before.keys() & after.keys()):
             inside = any(name == root or name.startswith(root + ".") for root in gone)
-            other_class = name.endswith("class") and type(one) is not type(other)
-            if before[name] != after[name] and not inside and not other_class:
-                raise WontLoad(
-                    f"block {block.source} would become block {place} with {name} "
-                    f"{after[name]!r} instead of {before[name]!r}: this family's config cannot "
-                    "say which kind of block stands where after others went. Type "
-                    "--set prune.form=masked, or keep the number of blocks."
-                )
+            if before[name] != after[name] and not inside and (same or not name.endswith("class")):
+                raise WontLoad(_differs(block.source, place, name, before[name], after[name]))
+
+
+def _differs(source: int, place: int, name: str, before: Any, after: Any) -> str:
+    """Say that a block would be of another kind than the one that it came from."""
+    if source == place:
+        return (
+            f"block {source} would have {name} {after!r} instead of {before!r} with the sizes that "
+            "are left: this family's config derives it from them. Choose another --pattern, or "
+            "type --set prune.form=masked."
+        )
+    return (
+        f"block {source} would become block {place} with {name} {after!r} instead of {before!r}: "
+        "this family's config cannot say which kind of block stands where after others went. Type "
+        "--set prune.form=masked, or keep the number of blocks."
+    )
 
 
 def kind_of(block: Any) -> dict[str, Any]:
@@ -100,6 +124,10 @@ def kind_of(block: Any) -> dict[str, Any]:
             if not name.startswith("_") and name not in COUNTS and _is_plain(value):
                 found[f"{path}.{name}" if path else name] = value
     return found
+
+
+def _is_empty(module: Any) -> bool:
+    return next(module.parameters(), None) is None
 
 
 def _is_plain(value: Any) -> bool:

@@ -35,7 +35,8 @@ class Site:
 
     `kind` says what a unit is: a weight (or tile) of one linear, whose `shape` is (O, I), or a unit
     of the coupling of that name, whose site has no shape. Units compete within `num_groups` equal
-    groups, which lose equally many.
+    groups, which lose equally many. The number of units that stay is a multiple of `grid`, and
+    `least` at least; `entry` is that of the config which counts them.
     """
 
     name: str
@@ -46,6 +47,9 @@ class Site:
     shape: tuple[int, int] | None = None
     kind: str = "weight"
     num_groups: int = 1
+    grid: int = 1
+    least: int = 1
+    entry: str = ""
 
     @property
     def num_weights(self) -> int:
@@ -69,17 +73,26 @@ class Coupling:
     `config_keys` are the entries of the config that count units, with how many each unit counts,
     and `pinned` those that must be said once a count changes, with their value. `module_sizes` are
     attributes of modules (path relative to the block, attribute, count per unit) that hold such
-    counts, and `vectors` parameters without rows and columns that have entries per unit.
+    counts, and `vectors` parameters without rows and columns that have entries per unit. The number
+    of units that stay is a multiple of `grid`, and `least` at least. The name is that of the kind
+    and, of kinds that a block has several of, a number: `expert-channels.3`.
     """
 
     name: str
     spans: tuple[Span, ...]
     num_units: int
     num_groups: int = 1
+    grid: int = 1
+    least: int = 1
     config_keys: tuple[tuple[str, int], ...] = ()
     pinned: tuple[tuple[str, int], ...] = ()
     vectors: tuple[tuple[str, int], ...] = ()
     module_sizes: tuple[tuple[str, str, int], ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """Return the kind of unit."""
+        return self.name.partition(".")[0]
 
     @property
     def reader(self) -> str | None:
@@ -137,6 +150,27 @@ class Heads:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """What a config says of its mixtures of experts.
+
+    A token meets `active` of `num_experts`, which `count_key` counts. Where the router first
+    chooses `top_groups` of `num_groups` equal, consecutive groups, each needs `least` experts.
+    `widths` are the entries that may count the channels of an expert. Shared experts are as many
+    times as wide as their number, unless an entry of the config counts their channels `apart`.
+    """
+
+    num_experts: int
+    count_key: str
+    active: int
+    widths: tuple[tuple[str, int], ...]
+    num_shared: int = 0
+    apart: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    least: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Unfuse:
     """How one parameter of a block splits into 2-D linears.
 
@@ -159,8 +193,8 @@ class Family:
     `blocks` is the path of the list of blocks. Taps and halves of all kinds of block stand side by
     side: a block has those whose linears it holds. `returns` is the length of the tuple that a
     block's forward returns, hidden states first; 0 where it returns these alone. `seen` is set by
-    the probe: the parameters of the blocks it has looked at. `heads` are those of the model at
-    hand, from its config; a row of the table has none.
+    the probe: the parameters of the blocks it has looked at. `heads` and `mixture` are those of the
+    model at hand, from its config; a row of the table has none.
     """
 
     model_types: tuple[str, ...]
@@ -172,6 +206,7 @@ class Family:
     returns: int = 0
     seen: frozenset[str] | None = None
     heads: Heads | None = None
+    mixture: Mixture | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,15 @@ def unknown(kind: str, name: str, names: Iterable[str]) -> UnknownName:
     >>> print(unknown("score", "wnada", ["magnitude", "wanda"]))
     score: 'wnada' is not known. Did you mean 'wanda'? Choose one of: magnitude, wanda.
     """
-    known = sorted(names)
-    near = difflib.get_close_matches(str(name).lower(), known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    known, hint = sorted(names), near_match(name, names)
     return UnknownName(f"{kind}: {name!r} is not known.{hint} Choose one of: {', '.join(known)}.")
+
+
+def near_match(name: str, names: Iterable[str]) -> str:
+    """Return the question whether the nearest name was meant, with a space before it, or nothing.
+
+    >>> near_match("wnada", ["magnitude", "wanda"])
+    " Did you mean 'wanda'?"
+    """
+    near = difflib.get_close_matches(str(name).lower(), sorted(names), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -16,6 +16,7 @@ from llmprune.checkpoint.source import read_json
 from llmprune.recipe.models import PARTS, Portion, Recipe
 
 DEMO, AUTO, HUB = "demo", "auto", "hub:"
+RANDOM = "random-tokens"  # no text at all
 CALIBRATION, EVALUATION = "c4", "wikitext2"  # what `auto` stands for, except for the demo
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
@@ -23,7 +24,7 @@ SUFFIXES = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 _ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _WEIGHED = re.compile(r"(?P<name>.+?)(?::(?P<weight>\d{1,9}(?:\.\d{1,9})?))?")
 
-Place = Literal["demo", "preset", "local", "hub"]
+Place = Literal["demo", "preset", "local", "hub", "drawn"]
 
 
 def calibration_texts(recipe: Recipe) -> tuple[Portion, ...]:
@@ -105,6 +106,8 @@ def place_of(data: str) -> Place:
     """
     if data == DEMO:
         return "demo"
+    if data == RANDOM:
+        return "drawn"
     if data in PRESETS:
         return "preset"
     if data.startswith(HUB):

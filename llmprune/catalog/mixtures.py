@@ -30,20 +30,20 @@ def experts(name: str, title: str, paper: str, year: int, summary: str) -> Metho
 
 _ROWS = (
     experts(
-        *("reap", "REAP", REAP, 2026),
+        *("reap", "REAP", REAP, 2025),
         "Removes the experts with the smallest mean of gate times norm of the output over the "
         "tokens routed to them; as many in every block, and their rows of the router.",
     ),
     experts(
-        *("frequency", "Frequency", REAP, 2026),
+        *("frequency", "Frequency", REAP, 2025),
         "Removes the experts that fewest tokens are routed to.",
     ),
     experts(
-        *("ean", "Expert activation norm", REAP, 2026),
+        *("ean", "Expert activation norm", REAP, 2025),
         "Removes the experts with the smallest mean norm of the output.",
     ),
     experts(
-        *("weighted-ean", "Expert activation norm, weighted", REAP, 2026),
+        *("weighted-ean", "Expert activation norm, weighted", REAP, 2025),
         "Removes the experts with the smallest sum of gate times norm of the output.",
     ),
 )

@@ -42,7 +42,7 @@ def width(
 
 _ROWS = (
     width(
-        *("compact", "Compact", "flap", FLAP, 2024),
+        *("compact", "Compact", "flap", FLAP, 2023),
         "The default for smaller models: FLAP's fluctuation score with the columns that stay fitted "
         "by least squares, and equal widths in every block, chosen among combinations of heads and "
         "channels by the divergence of the next-token distributions. The result is a stock model.",
@@ -50,18 +50,18 @@ _ROWS = (
         solver="least-squares",
     ),
     width(
-        *("magnitude-struct", "Magnitude, units", "magnitude", FLAP, 2024),
+        *("magnitude-struct", "Magnitude, units", "magnitude", FLAP, 2023),
         "Removes the units with the smallest columns in the linear that reads them: the baseline "
         "of FLAP. Reads no text.",
         pool="l2",
     ),
     width(
-        *("wanda-struct", "Wanda, units", "wanda", FLAP, 2024),
+        *("wanda-struct", "Wanda, units", "wanda", FLAP, 2023),
         "Removes the units with the smallest mean Wanda score of their columns in the linear that "
         "reads them: the baseline of FLAP.",
     ),
     width(
-        *("flap", "FLAP", "flap", FLAP, 2024),
+        *("flap", "FLAP", "flap", FLAP, 2023),
         "Removes the units whose inputs fluctuate least, weighted by the squared norm of their "
         "columns; scores are standardised in each half and ranked over all of the model, so blocks "
         "keep different widths; a bias stands for the mean of what went. Statistics are of the "
@@ -70,7 +70,7 @@ _ROWS = (
         solver="bias-shift",
     ),
     width(
-        *("flap-published", "FLAP, as published", "flap-published", FLAP, 2024),
+        *("flap-published", "FLAP, as published", "flap-published", FLAP, 2023),
         "FLAP as its code ranks units: the score of heads is squared before it is standardised, and "
         "statistics are of the dense model throughout. The running variance of the code, which "
         "leaves out the first batch, is not reproduced.",
@@ -82,7 +82,7 @@ _ROWS = (
         *("cfsp", "CFSP", "cfsp"),
         "Wang et al., CFSP: An Efficient Structured Pruning Framework for LLMs with Coarse-to-Fine "
         "Activation Information, arXiv:2409.13199",
-        2025,
+        2024,
         "Blocks lose channels by how far they turn the hidden states, channels go by the norm of "
         "their activation: in the published score the weights cancel.",
         allocation="cfsp",
@@ -160,6 +160,15 @@ _ROWS = (
         "In many small steps blocks lose units by how alike their input and output are, measured "
         "again on the pruned model after every step; units go by |weight x gradient|.",
         allocation="adapt-pruner",
+    ),
+    width(
+        *("learned-gates", "Learned gates", "gate"),
+        "Zhang et al., EcoDiff: Low-Cost Pruning of Diffusion Models, arXiv:2412.02852",
+        2025,
+        "Trains a number between 0 and 1 for every unit, weights frozen, so that the gated model "
+        "says what the dense one said (KL) while the mean gate falls to the share that is to stay; "
+        "a polarization penalty draws gates apart. The lowest gates go, over all of the model.",
+        allocation="standardised",
     ),
     width(
         *("greedy-units", "Greedy over units", "flap"),

@@ -87,7 +87,8 @@ def result_names(
     renumbered. One that the source lacks, or that transformers merges on load, is named as
     transformers stores it.
     """
-    value = result.get_parameter(param)
+    owner, _, leaf = param.rpartition(".")
+    value = getattr(result.get_submodule(owner), leaf)
     stored = sorted(naming.disk_names_of([origin])) if origin is not None else []
     if len(stored) == 1 and naming.pattern[stored[0]] is None:
         return {moved(stored[0], str(origin), param): tuple(value.shape)}

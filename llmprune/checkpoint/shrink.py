@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from llmprune.arch.couplings import EXPERT_CHANNELS, EXPERTS
 from llmprune.arch.types import Coupling, Linear, Span
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Kept = Sequence[tuple[Coupling, "Tensor"]]
 """Couplings of one block with the units kept of each, ascending indices kept_K."""
+MIXED = (EXPERTS, EXPERT_CHANNELS)
 Axes = dict[tuple[str, int], "Tensor"]
 """By parameter (relative to its block) and axis: the index_N of what stands there."""
 
@@ -28,8 +30,10 @@ def axes_of(
 ) -> Axes:
     """Return the index of every axis that changes, biases and vectors per unit included.
 
-    `widths` says to how many units a coupling, by name, is filled up with zeros.
+    `widths` says to how many units a coupling, by name, is filled up with zeros. Experts and their
+    channels are passed over: in a stack every expert has an index of its own.
     """
+    kept = [(coupling, units) for coupling, units in kept if coupling.kind not in MIXED]
     found: Axes = {}
     rows: dict[str, dict[int, Tensor]] = {}
     for (name, axis), index_N in linear_axes(kept, linears, widths).items():

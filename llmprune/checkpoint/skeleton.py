@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.arch.anatomy import EXPERT
 from llmprune.arch.couplings import heads_of
+from llmprune.arch.experts import mixture_of
 from llmprune.arch.probe import find_family
 from llmprune.arch.types import Family
 from llmprune.base.errors import CheckpointError, UnsupportedModel, first_line
@@ -46,6 +47,10 @@ class Skeleton:
     def shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a block's parameters by name relative to the block."""
         return {name: tuple(p.shape) for name, p in self.blocks[index].named_parameters()}
+
+    def stored_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all that a checkpoint may hold of a block: buffers as well."""
+        return {name: tuple(v.shape) for name, v in self.blocks[index].state_dict().items()}
 
     def trunk_params(self) -> list[str]:
         """Return the parameters that are not in a block."""
@@ -107,7 +112,8 @@ def build_skeleton(
     if family is None:
         family = find_family(config, trust_remote_code=trust_remote_code)
     else:
-        family = replace(family, heads=heads_of(config), seen=None)
+        heads, mixture = heads_of(config), mixture_of(config)
+        family = replace(family, heads=heads, mixture=mixture, seen=None)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     try:
         with init_empty_weights():

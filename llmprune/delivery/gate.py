@@ -79,11 +79,13 @@ def pass_gate(
     trust_remote_code: bool = False,
     masked: Callable[[Tensor], Tensor] | None = None,
     own_code: bool = False,
+    generate: bool = False,
 ) -> Verdict:
     """Prove a folder.
 
     `masked` gives the logits of token ids in the source's shapes, with zeros where a shrunk result
-    has nothing: what it computes must agree with them. With `own_code` the result brings code,
+    has nothing: what it computes must agree with them, and generation with a cache with that
+    without. `generate` asks for the latter alone. With `own_code` the result brings code,
     which must not be run unasked.
 
     Raises:
@@ -107,7 +109,7 @@ def pass_gate(
             "tokens": tokens.tolist(),
             "dtype": str(dtype).removeprefix("torch."),
             "trust_remote_code": trust_remote_code,
-            "generate": masked is not None,
+            "generate": generate or masked is not None,
             "own_code": own_code,
         }
         agreement = _agree_with_stock(folder, Path(scratch), job, size)

@@ -49,6 +49,13 @@ def lowest_tier(config: Mapping[str, Any], layout: Layout) -> tuple[Tier, list[t
     )
 
 
+def is_own_code(folder: Path) -> bool:
+    """Tell whether the Python code beside a model is, byte for byte, what llmprune ships."""
+    found = sorted(folder.glob("*.py"))
+    own = {path.name: path.read_bytes() for path in HOME.glob("modeling_*.py")}
+    return bool(found) and all(own.get(path.name) == path.read_bytes() for path in found)
+
+
 def why_not(config: Mapping[str, Any], layout: Layout, tier: Tier) -> str | None:
     """Say why a layout cannot be delivered in a tier; None where it can.
 
@@ -56,10 +63,13 @@ def why_not(config: Mapping[str, Any], layout: Layout, tier: Tier) -> str | None
     """
     if tier not in TIERS:
         raise ValueError(f"no tier {tier!r}; there are {', '.join(TIERS)}")
-    if (kinds := _stock_classes(config)) is None:
-        return f"{config.get('model_type')} is no causal language model of transformers"
-    if config.get("per_layer_config"):
+    cut = bool(layout.widest) or any(block.without for block in layout.blocks)
+    if cut and (config.get("per_layer_config") or config.get("block_configs")):
         return f"the blocks of {config['model_type']} differ before anything is pruned"
+    if (kinds := _stock_classes(config)) is None:
+        if tier in ("E0", "E1"):  # its own code builds it; the gate proves whether it does
+            return next(_differences(layout), None) if tier == "E0" else None
+        return f"{config.get('model_type')} is no causal language model of transformers"
     stock = _config_of(kinds[0], config)
     built = _padded(layout) if tier in ("E0", "E1") else layout
     if (odd := _odd_groups(stock, built)) is not None:

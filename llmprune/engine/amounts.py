@@ -13,6 +13,7 @@ from llmprune.allocation.types import Probe, Profile, Remeasure, Request
 from llmprune.arch.types import Site
 from llmprune.base.errors import RecipeError
 from llmprune.catalog import METHODS, Method
+from llmprune.engine.budgets import EMPTY, Budget
 from llmprune.engine.cost import Estimate, Survey
 from llmprune.engine.parts import Needs, allocation_of, options_for
 from llmprune.engine.sites import is_skipped
@@ -85,13 +86,13 @@ def allocate(
     probe: Probe | None = None,
     seed: int = 0,
     surveyed: bool = False,
-    asked: int = 0,
+    budget: Budget | None = None,
     remeasure: Remeasure | None = None,
     facts: dict[str, float] | None = None,
 ) -> dict[str, int] | None:
     """Return how many units each site loses; None where that awaits a survey.
 
-    Of whole units those go that hold `asked` weights at least.
+    Of whole units those go that a budget asks for.
 
     Raises:
         RecipeError: the asked share cannot be reached.
@@ -102,7 +103,7 @@ def allocate(
         return {site.name: int(site.num_units * target) for site in sites}
     if isinstance(pattern, Units):
         return allocate_units(
-            *(step, allocation, sites, asked),
+            *(step, allocation, sites, budget or EMPTY),
             profiles=profiles,
             probe=probe,
             remeasure=remeasure,
@@ -130,8 +131,8 @@ def allocate(
         return {name: int(count) for name, count in whole.items()}
     costs = {site.name: site.unit_cost for site in sites}
     if isinstance(pattern, Tiles) or allocation != "uniform":
-        budget = num_pruned(step, sites) * sites[0].unit_cost
-        return project(shares, units, costs, budget=budget, exact=True)
+        gone = num_pruned(step, sites) * sites[0].unit_cost
+        return project(shares, units, costs, budget=gone, exact=True)
     return project(shares, units, costs, budget=target)
 
 
@@ -185,7 +186,7 @@ def survey_cost(
     parts: Needs,
     stored: torch.dtype,
     awaited: bool,
-    asked: int = 0,
+    budget: Budget = EMPTY,
 ) -> Survey | None:
     """Return what is read and held before the first cut; `stored` is the dtype of the weights.
 
@@ -202,7 +203,7 @@ def survey_cost(
     once = not ranked or (plain and str(stored) == "torch.bfloat16")
     rounds: list[int] = [1, *[SPLITS] * ROUNDS] if searches else []
     if awaited and row.rounds_for is not None:
-        rounds += row.rounds_for(request_of(step, allocation, sites, asked))
+        rounds += row.rounds_for(request_of(step, allocation, budget.priced(sites), budget.asked))
     elif awaited and row.rounds is not None:
         rounds += row.rounds(len(sites), options_for(step.options, row.options))
     if awaited and row.judged:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llmprune.base.progress import Progress
 from llmprune.calibration.leak import MOST_SHARED, RUN, shared_share
 from llmprune.calibration.mix import Windows, read_windows, window_record, wish_hash
-from llmprune.calibration.selection import AUTO, DEMO, calibration_texts, is_demo, place_of
+from llmprune.calibration.selection import AUTO, DEMO, RANDOM, calibration_texts, is_demo, place_of
 from llmprune.calibration.windows import token_hash, tokenize_windows
 from llmprune.checkpoint.sink import write_tensors
 from llmprune.engine.opening import Opened, read_tokenizer
@@ -97,6 +97,8 @@ def calibration_windows(
         RecipeError: the text is not there, cannot be reached, or is too short.
     """
     recipe = plan.recipe
+    if texts is None and recipe.calibration.data == RANDOM:
+        return drawn_windows(plan, tokenizer)
     if texts is None:
         names = [text.data for text in calibration_texts(recipe)]
         if any(place_of(name) in ("preset", "hub") for name in names):
@@ -122,6 +124,19 @@ def calibration_windows(
     for notice in found.notices:
         progress.warn(notice)
     return found
+
+
+def drawn_windows(plan: Plan, tokenizer: Any) -> Windows:
+    """Return windows (N, T) of tokens drawn from the whole vocabulary, each as likely as any other.
+
+    They stand for text where there is none. They follow from the seed alone.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(plan.recipe.seed)
+    shape = (plan.num_samples, plan.seq_len)
+    tokens = torch.randint(0, len(tokenizer), shape, generator=generator)
+    return Windows(tokens=tokens, record=window_record(RANDOM, tokens))
 
 
 def leaked_share(

@@ -21,6 +21,7 @@ from llmprune.calibration.replay import call
 from llmprune.engine.plan import Plan
 from llmprune.engine.shipping import gone_of, is_gone
 from llmprune.engine.solving import Cutter, Outcome, follow
+from llmprune.engine.unit_survey import beside, routing_of
 from llmprune.mask.pattern import Units
 from llmprune.repair import REPAIRS
 from llmprune.repair.types import Work
@@ -198,6 +199,8 @@ def _decide(
     rounds = [needed] if whole else in_rounds(block.anatomy, needed, room)
     changed = block.holding() if len(rounds) > 1 else block
     seen: Seen | None = None
+    with _timed(seconds, "observe"):
+        routed = routing_of(plan, block, stream)
     gone = gone_of(plan.groups[block.index], plan.counts or {})
     for needs in rounds:
         seen = None  # statistics of one round at a time
@@ -211,8 +214,14 @@ def _decide(
                 if is_gone(group.sites[0], gone):
                     continue
                 if seen is None or not plan.parts.cut or group.coupling or group.tap in needs:
-                    stats = seen.stats if seen else {}
-                    cutter.cut(group, changed, stats, known.masks, outcome, learnt)
+                    cutter.cut(
+                        group,
+                        changed,
+                        beside(seen.stats if seen else {}, None, routed),
+                        known.masks,
+                        outcome,
+                        learnt,
+                    )
                     if sum(site.num_weights for site in group.sites) > LARGE_PIECE:
                         return_freed()
     changed.settle()

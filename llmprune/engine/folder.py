@@ -15,10 +15,11 @@ from llmprune.checkpoint.sink import copy_file, copy_side_files, hash_file, shar
 from llmprune.checkpoint.source import read_json
 from llmprune.delivery.manifest import manifest_of
 from llmprune.delivery.masks import OWN, MaskFiles
+from llmprune.engine.budgets import budget_data
 from llmprune.engine.opening import Opened
 from llmprune.engine.plan import Plan
+from llmprune.engine.reckoning import sizes_of_result
 from llmprune.engine.records import Records
-from llmprune.engine.shipping import kv_values
 from llmprune.engine.solving import Outcome
 from llmprune.mask.packed import PackedMask
 from llmprune.recipe.models import EvaluateStep
@@ -106,7 +107,7 @@ def complete(
         for row in rows
         for name, shape in row["masks"].items()
     }
-    touched = sorted(name for row in rows for name in row["touched"])
+    touched = sorted({name for row in rows for name in row["touched"]} | blocks.added())
     blocks_of = sorted(shipment.places, key=lambda index: shipment.places[index])
     index = {"true_means": "kept", "masks": masks, "touched": touched}
     if shipment.skeleton is not opened.blocks.skeleton:
@@ -124,13 +125,13 @@ def manifest(opened: Opened, plan: Plan, fixed: Mapping[str, Any]) -> dict[str, 
     for block in shipment.layout.blocks:
         sites = [site for group in plan.groups[block.source] for site in group.sites]
         kept.append({site.kind: site.num_units - counts[site.name] for site in sites})
-    skeleton = opened.blocks.skeleton
-    dense = {"parameters": plan.num_params, "kv_values_per_token": kv_values(skeleton)}
+    cache = sizes_of_result(plan).get("kv", {})
+    dense = {"parameters": plan.num_params, "kv_values_per_token": cache.get("before")}
     result = {
         "parameters": shipment.num_params,
-        "kv_values_per_token": kv_values(shipment.skeleton),
+        "kv_values_per_token": cache.get("after"),
     }
-    return manifest_of(
+    found = manifest_of(
         layout=shipment.layout,
         tier=shipment.tier,
         reasons=shipment.reasons,
@@ -146,6 +147,8 @@ def manifest(opened: Opened, plan: Plan, fixed: Mapping[str, Any]) -> dict[str, 
         kept=kept,
         sizes={"dense": dense, "result": result},
     )
+    shared = dict(shipment.layout.shared)
+    return found | ({"shared": shared} if shared else {})
 
 
 def prior_masks(opened: Opened) -> Callable[[int], Mapping[str, Tensor]]:
@@ -184,6 +187,7 @@ def what_fixes(opened: Opened, tokens: Tensor | None) -> dict[str, Any]:
     earlier = opened.source.folder / OWN / "run.json"
     return {
         "llmprune": __version__,
+        "budget": budget_data(plan.budget),
         "recipe": asked,
         "wish": wish,
         "source": source,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmprune.arch.anatomy import EXPERT, Anatomy, is_router, left_out, split_index
-from llmprune.arch.types import Coupling, Family, Linear, Tap
+from llmprune.arch.types import Coupling, Family, Linear, Span, Tap
 from llmprune.base.progress import human_count
 from llmprune.base.text import columns, named_lines, ranges
 from llmprune.engine.shapes import Anatomies
@@ -122,7 +122,7 @@ def _kind_text(kind: Kind) -> str:
     title = f"{word} {ranges(kind.blocks)}: {kind.eligible:,} eligible weights each{experts}"
     parts = [title, columns(("tap", "linear", "shape (O, I)", "weights"), _tap_rows(kind))]
     if kind.anatomy.couplings:
-        rows = [_coupling_row(row, kind.anatomy) for row in kind.anatomy.couplings]
+        rows = _coupling_rows(kind)
         parts.append(columns(("coupling", "units", "moves together", "config key"), rows))
     parts.append(columns(("not eligible", "parameters", "why"), _left_rows(kind)))
     return "\n\n".join([f"{title}\n{parts[1]}", *parts[2:]])
@@ -159,13 +159,26 @@ def _stored(linear: Linear) -> str:
     return f" ({found})" if found else ""
 
 
-def _coupling_row(row: Coupling, anatomy: Anatomy) -> tuple[str, ...]:
-    """Return what moves together in a coupling."""
-    reader = next(span.linear for span in row.spans if span.axis == "in")
-    moved = ", ".join(
-        f"{span.linear} {'rows' if span.axis == 'out' else 'columns'}" for span in row.spans
-    )
-    return row.name, f"{anatomy.linears[reader].shape[1]:,}", moved, row.config_key
+def _coupling_rows(kind: Kind) -> list[tuple[str, ...]]:
+    """Return a line per kind of unit: how many there are, what moves together, what counts them."""
+    kinds: dict[str, list[Coupling]] = {}
+    for row in kind.anatomy.couplings:
+        kinds.setdefault(row.kind, []).append(row)
+    return [
+        (
+            name,
+            f"{sum(row.num_units for row in rows):,}",
+            ", ".join(dict.fromkeys(_moved(kind, span) for row in rows for span in row.spans)),
+            ", ".join(dict.fromkeys(key for row in rows for key, _ in row.config_keys if key)),
+        )
+        for name, rows in kinds.items()
+    ]
+
+
+def _moved(kind: Kind, span: Span) -> str:
+    """Return the part of a linear that a unit owns."""
+    part = {"out": " rows", "in": " columns"}.get(span.axis, "")
+    return kind.folded(span.linear) + part
 
 
 def _left_rows(kind: Kind) -> list[tuple[str, ...]]:
@@ -211,6 +224,6 @@ def _kind_data(kind: Kind) -> dict[str, Any]:
         "eligible": kind.eligible,
         "taps": [tap(row) for row in kind.anatomy.taps],
         "linears": {name: list(row.shape) for name, row in kind.anatomy.linears.items()},
-        "couplings": [row.name for row in kind.anatomy.couplings],
+        "couplings": list(dict.fromkeys(row.kind for row in kind.anatomy.couplings)),
         "not_eligible": left_out(kind.anatomy, kind.shapes),
     }

@@ -6,7 +6,7 @@ Legend: N rows of tokens, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llmprune.arch.anatomy import Anatomy
 from llmprune.arch.couplings import EXPERT_CHANNELS, EXPERTS
 from llmprune.checkpoint.shrink import put_back
+from llmprune.checkpoint.shrink_experts import put_back_channels
 from llmprune.checkpoint.sink import shard_name
 from llmprune.checkpoint.skeleton import empty, fill
 from llmprune.engine.plan import Plan
-from llmprune.engine.shipping import axes_of_block
+from llmprune.engine.shipping import axes_of_block, cut_of_block
+from llmprune.engine.sites import Group
 from llmprune.walk.block import Block
 from llmprune.walk.forward import advance, embed, logits
 from llmprune.walk.rewriting import Rewriting
@@ -42,7 +45,7 @@ def masked_logits(plan: Plan, blocks: Rewriting, own: Path) -> Logits | None:
         source=replace(blocks.source, dtype=plan.dtype),
         result=replace(blocks.result, dtype=plan.dtype),
     )
-    if blocks.result.skeleton is blocks.source.skeleton or kinds & {EXPERTS, EXPERT_CHANNELS}:
+    if blocks.result.skeleton is blocks.source.skeleton or EXPERTS in kinds:
         return None
 
     def logits_of(tokens_NT: Tensor) -> Tensor:
@@ -77,16 +80,21 @@ def _expanded(
     module, shapes = source.skeleton.blocks[index], source.skeleton.shapes(index)
     widths = plan.shipment.widths if plan.shipment else {}
     anatomy = source.anatomy(index)
-    axes = axes_of_block(plan.groups[index], kept, anatomy, shapes, widths)
+    added = blocks.result.skeleton.shapes(place).keys() - shapes.keys()
+    whole_shapes = shapes | {bias: (shapes[_weight(bias)][0],) for bias in added}
+    cut = {} if plan.form == "masked" else kept
+    before = dict(module.named_buffers())
+    axes = axes_of_block(plan.groups[index], cut, anatomy, whole_shapes, widths)
     with blocks.result.open(place) as small:
-        found = {name: value.data for name, value in small.module.named_parameters()}
+        found = small.values()
+        found = {n: v for n, v in found.items() if n in before or n in whole_shapes}
+        found = _channels_back(plan.groups[index], cut, anatomy, found, shapes)
         lost = shapes.keys() - found.keys()
         for (param, axis), index_N in axes.items():
             if param in found:
-                found[param] = put_back(found[param], axis, index_N, shapes[param][axis])
+                found[param] = put_back(found[param], axis, index_N, whole_shapes[param][axis])
         whole = _without(source, index, lost)
-        extra = found.keys() - shapes.keys()
-        for name in extra:  # a bias that the source's linear has no place for
+        for name in added:  # a bias that the source's linear has no place for
             owner, _, leaf = name.rpartition(".")
             bias = torch.nn.Parameter(found.pop(name), requires_grad=False)
             module.get_submodule(owner)._parameters[leaf] = bias
@@ -100,10 +108,29 @@ def _expanded(
                 device=source.device,
             )
         finally:
-            for name in extra:
+            for name in added:
                 owner, _, leaf = name.rpartition(".")
                 module.get_submodule(owner)._parameters[leaf] = None
             empty(module)
+            fill(module, before)
+
+
+def _channels_back(
+    groups: Sequence[Group],
+    kept: Mapping[str, Tensor],
+    anatomy: Anatomy,
+    params: dict[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, Tensor]:
+    """Return parameters with the channels of experts where they were, zeros in place of others."""
+    rows = [(c, k) for c, k in cut_of_block(groups, kept) if c.kind == EXPERT_CHANNELS]
+    couplings, units = [row for row, _ in rows], [kept_K for _, kept_K in rows]
+    return put_back_channels(params, couplings, units, anatomy.linears, shapes)
+
+
+def _weight(bias: str) -> str:
+    """Return the weight that a bias belongs to."""
+    return bias.removesuffix("bias") + "weight"
 
 
 def _without(source: object, index: int, lost: set[str]) -> dict[str, Tensor]:

@@ -16,10 +16,12 @@ from llmprune.catalog import METHODS
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.skeleton import build_skeleton, read_config
 from llmprune.checkpoint.source import Source
+from llmprune.engine.budgets import Budget
 from llmprune.engine.gradients import check_backward
 from llmprune.engine.plan import Plan, make_plan
 from llmprune.engine.shapes import Anatomies
-from llmprune.engine.shipping import as_it_is, ship
+from llmprune.engine.shipping import ship, ship_masked
+from llmprune.engine.whole_shipping import ship_whole
 from llmprune.walk.rewriting import DTYPE_NAMES
 from llmprune.walk.streamed import Streamed, stream
 
@@ -94,8 +96,10 @@ def storage_dtype(source: Source) -> torch.dtype:
     return found
 
 
-def open_plan(recipe: Recipe) -> Opened:
+def open_plan(recipe: Recipe, *, budget: Budget | None = None) -> Opened:
     """Open the source and decide the run; no weight is read.
+
+    A `budget` that was measured before is not measured again.
 
     Raises:
         LlmpruneError: whatever is wrong with recipe, source, device or memory.
@@ -124,6 +128,7 @@ def open_plan(recipe: Recipe) -> Opened:
             for name, pattern in blocks.naming.pattern.items()
             if pattern is not None
         ),
+        budget=budget,
     )
     check_walk(blocks.model.config, blocks.family, trust_remote_code=recipe.trust_remote_code)
     if plan.parts.backward:
@@ -135,6 +140,13 @@ def open_plan(recipe: Recipe) -> Opened:
     return replace(opened, plan=with_shipment(opened, plan))
 
 
+def obeying(opened: Opened, budget: Budget) -> Opened:
+    """Return an opened source whose plan follows a budget that was measured before."""
+    if budget == opened.plan.budget:
+        return opened
+    return replace(opened, plan=with_shipment(opened, opened.plan.with_budget(budget)))
+
+
 def with_shipment(opened: Opened, plan: Plan) -> Plan:
     """Return the plan with how its result will be stored, where its counts are known.
 
@@ -143,10 +155,12 @@ def with_shipment(opened: Opened, plan: Plan) -> Plan:
     """
     if plan.counts is None:
         return plan
+    if plan.whole is not None:
+        words = read_tokenizer(opened.source, plan.recipe) if plan.whole.is_vocabulary else None
+        return replace(plan, shipment=ship_whole(plan, opened.source, opened.blocks, words))
     skeleton, config = opened.blocks.skeleton, opened.source.config()
-    if plan.form == "masked":
-        return replace(plan, shipment=as_it_is(skeleton, config, len(plan.groups)))
-    shipment = ship(
+    store = ship_masked if plan.form == "masked" else ship
+    shipment = store(
         *(plan, skeleton, config, [opened.blocks.anatomy(i) for i in range(len(plan.groups))]),
         dtype=opened.blocks.dtype or plan.dtype,
         trust_remote_code=plan.recipe.trust_remote_code,

@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llmprune.allocation import ALLOCATIONS
-from llmprune.arch.couplings import DEPTHS
+from llmprune.arch.couplings import DEPTHS, EXPERTS
 from llmprune.base.errors import RecipeError
 from llmprune.catalog import METHODS, Method
+from llmprune.engine.whole import compose_whole
 from llmprune.mask.pattern import NofM, Pattern, Tiles, Units
+from llmprune.recipe.targets import LATENCY
 from llmprune.repair import REPAIRS
-from llmprune.score import SCORES, UNIT_SCORES, score_row
+from llmprune.score import SCORES, UNIT_SCORES, WHOLE_SCORES, score_row
+from llmprune.score.members import UnitScore
 from llmprune.solver import COMPENSATIONS, REFINEMENTS, SOLVERS
 from llmprune.stats import STATISTICS
 
@@ -29,9 +32,11 @@ class Needs:
     `cut` are statistics of taps while a block is cut (`around` those of all linears of a unit, not
     only of the one that reads it), `regional` gradients of the block's own output then;
     `survey` statistics of taps before the first cut, `backward` gradients of the loss before it.
-    `routing` says that experts are watched, `inputs` that a block's inputs are needed though no
-    statistic is, `dense` that the dense model is walked alongside, and `probes` that candidates are
-    walked and compared with it.
+    `routing` are those of what experts are given and answer, `gates` says that gates of units are
+    learnt before the first cut, `inputs` that a block's inputs are needed though no statistic is,
+    `dense` that the dense model is walked alongside, and `probes` that candidates are walked and
+    compared with it. `whole` is learnt of the text for one choice in the whole model, by a walk of
+    its own where it `flows`, else without the model.
     """
 
     cut: tuple[str, ...] = ()
@@ -39,15 +44,19 @@ class Needs:
     regional: tuple[str, ...] = ()
     survey: tuple[str, ...] = ()
     backward: tuple[str, ...] = ()
-    routing: bool = False
+    routing: tuple[str, ...] = ()
+    gates: bool = False
     inputs: bool = False
     dense: bool = False
     probes: bool = False
+    whole: tuple[str, ...] = ()
+    flows: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
         """Return all statistics that are learnt."""
-        return tuple(dict.fromkeys((*self.survey, *self.backward, *self.cut, *self.regional)))
+        cut = (*self.cut, *self.regional, *self.routing)
+        return tuple(dict.fromkeys((*self.survey, *self.backward, *cut, *self.whole)))
 
     @property
     def cut_tokens(self) -> bool:
@@ -56,8 +65,14 @@ class Needs:
 
     @property
     def tokens(self) -> bool:
-        """Tell whether tokens flow at all: not for methods that look at weights alone."""
-        return bool(self.cut_tokens or self.survey or self.backward or self.probes)
+        """Tell whether text is read at all: not for methods that look at weights alone."""
+        learnt = self.cut_tokens or self.survey or self.backward or self.probes
+        return bool(learnt or self.whole or self.gates)
+
+    @property
+    def walks(self) -> bool:
+        """Tell whether tokens flow through the model."""
+        return self.tokens and self.flows
 
 
 def compose(step: PruneStep, pattern: Pattern) -> Method:
@@ -68,6 +83,8 @@ def compose(step: PruneStep, pattern: Pattern) -> Method:
         RecipeError: the parts do not go together; says why.
     """
     method = METHODS[step.method]
+    if method.score in WHOLE_SCORES or (isinstance(pattern, Units) and pattern.whole):
+        return compose_whole(step, pattern, method)
     solver = "zero" if step.solver == NONE else step.solver or method.solver
     if isinstance(pattern, Units):
         return _compose_units(step, pattern, method, solver)
@@ -141,6 +158,12 @@ def _compose_units(step: PruneStep, pattern: Units, method: Method, solver: str)
             f"prune.method: {method.name} judges weights while others are updated, which has no "
             f"meaning for whole units. Type --method flap, or another method for {step.pattern}."
         )
+    if "ppl" in (step.target or {}) and EXPERTS in pattern.kinds:
+        raise RecipeError(
+            "prune.target: candidates for a perplexity are masked, and no weight that is zero "
+            "keeps a router from choosing an expert. Give a --sparsity instead of the target, or choose "
+            "--pattern expert-channels."
+        )
     if "ppl" in (step.target or {}) and step.form != "masked":
         raise RecipeError(
             f"prune.target: {step.pattern} are cut out of the tensors, whose sizes must be known "
@@ -165,6 +188,9 @@ def needs_of(
     method: Method, allocation: str, *, searches: bool = False, pattern: Pattern | None = None
 ) -> Needs:
     """Return what the parts of a run must know; `searches` says that a sparsity is looked for."""
+    if method.score in WHOLE_SCORES:
+        whole = WHOLE_SCORES[method.score]
+        return Needs(whole=whole.needs, flows=whole.flows)
     if isinstance(pattern, Units):
         return _needs_of_units(method, allocation, pattern, searches=searches)
     score, solver = SCORES[method.score], SOLVERS[method.solver]
@@ -202,7 +228,8 @@ def _needs_of_units(method: Method, allocation: str, pattern: Units, *, searches
         regional=_at("block_gradient", judged),
         survey=tuple(dict.fromkeys((*profiled, *score.learnt))) if surveyed else (),
         backward=_at("backward", judged),
-        routing=bool(_at("routing", judged)),
+        routing=_at("routing", judged),
+        gates=not deep and isinstance(score, UnitScore) and score.trained,
         probes=searches or row.judged or "probe" in row.needs,
     )
 
@@ -251,6 +278,7 @@ def _check_options(step: PruneStep, method: Method) -> None:
     known = dict(score_row(method.score).options)
     known |= ALLOCATIONS[allocation_of(step, method)].options
     known |= REPAIRS[method.repair].options if method.repair else {}
+    known |= LATENCY if "latency" in (step.target or {}) else {}
     for name in step.options:
         if name not in known:
             some = ", ".join(f"{key} ({value:g})" for key, value in known.items())

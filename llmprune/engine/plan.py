@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llmprune.arch.couplings import EXPERT_CHANNELS, EXPERTS
 from llmprune.arch.limits import longest_sequence
 from llmprune.arch.types import Site
 from llmprune.base.errors import RecipeError
@@ -18,7 +19,9 @@ from llmprune.engine.amounts import (
     num_pruned,
     survey_cost,
 )
-from llmprune.engine.cost import Estimate, estimate, measure_rate
+from llmprune.engine.budgets import Budget, budget_of, cache_by_block, heads_shared
+from llmprune.engine.cost import Estimate, Survey, estimate, measure_rate
+from llmprune.engine.pace import machine_of, time_budget
 from llmprune.engine.parts import (
     Needs,
     compose,
@@ -37,13 +40,21 @@ from llmprune.engine.shapes import (
     what_stays,
 )
 from llmprune.engine.shipping import Shipment, gone_of, is_gone
-from llmprune.engine.sites import Group, all_sites, check_units, groups_of, is_skipped
+from llmprune.engine.sites import (
+    Group,
+    all_sites,
+    check_units,
+    groups_of,
+    is_skipped,
+    kinds_with_them,
+)
 from llmprune.engine.solving import Cutter
-from llmprune.engine.unit_amounts import asked_weights
+from llmprune.engine.unit_amounts import check_equal, check_widths
+from llmprune.engine.whole import Whole, plan_whole
 from llmprune.mask.counts import exact_sparsity
 from llmprune.mask.pattern import GroupName, Pattern, Units, Unstructured, parse_pattern
 from llmprune.recipe.models import EvaluateStep
-from llmprune.score import SCORES, score_row
+from llmprune.score import SCORES, WHOLE_SCORES, score_row
 from llmprune.solver import SOLVERS
 from llmprune.solver.types import Settings
 from llmprune.stats import STATISTICS
@@ -55,6 +66,7 @@ if TYPE_CHECKING:
     from llmprune.recipe import Recipe
     from llmprune.recipe.models import PruneStep
 
+Settle = Callable[[Sequence[Sequence[Group]], int], Budget]
 MAX_SEQ_LEN = 2048
 EVAL_SHARE = 0.25
 
@@ -63,9 +75,10 @@ EVAL_SHARE = 0.25
 class Plan:
     """A run that is fully decided; its repr is the table of --dry-run.
 
-    `counts` is None where they follow from a survey, which `with_profiles` completes the plan by;
-    `verdict` is what the survey's judgement of the allocation was, `target` how the sparsity was
-    found.
+    `facts` are numbers that its allocation says of itself. `counts` is None where they follow from
+    a survey, which `with_profiles` completes the plan by; `verdict` is what the survey's judgement of the allocation was, `target` how the sparsity was
+    found, and `whole` what is left of units that run through all blocks. `cache` is what a token
+    leaves in every block's key/value cache, where that is known.
     """
 
     recipe: Recipe
@@ -86,7 +99,9 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     stored: torch.dtype
-    asked: int
+    budget: Budget
+    stored_bytes: int
+    cache: tuple[int, ...] | None
     seq_len: int
     num_samples: int
     eval_windows: int
@@ -94,11 +109,18 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     verdict: Mapping[str, Any] | None = None
     target: Mapping[str, Any] | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
     shipment: Shipment | None = None
+    whole: Whole | None = None
 
     @property
     def prune(self) -> PruneStep:
         return self.recipe.prune
+
+    @property
+    def asked(self) -> int:
+        """Return the weights that are asked for, as far as it can be told beforehand."""
+        return self.budget.weights
 
     @property
     def dtype_name(self) -> str:
@@ -106,13 +128,14 @@ class Plan:
 
     @property
     def forward(self) -> bool:
-        """Tell whether tokens flow: not for methods that look at weights alone."""
+        """Tell whether text is read: not for methods that look at weights alone."""
         return self.parts.tokens
 
     @property
     def surveys(self) -> bool:
         """Tell whether the model is looked at before the first cut."""
-        return self.counts is None or bool(self.parts.backward) or self.searches
+        learns = bool(self.parts.backward) or self.parts.gates
+        return self.counts is None or learns or self.searches
 
     @property
     def searches(self) -> bool:
@@ -127,7 +150,7 @@ class Plan:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        return tuple(all_sites(self.groups))
+        return tuple(all_sites(self.groups)) if self.whole is None else (self.whole.site,)
 
     @property
     def config_changes(self) -> dict[str, int]:
@@ -206,10 +229,13 @@ class Plan:
 
     def recounted(self) -> Plan:
         """Return the plan with the counts of its recipe as it is now; None awaits a survey."""
-        step, sites = self.prune, self.sites
-        asked = math.ceil(exact_sparsity(step.sparsity) * self.eligible)
-        counts = allocate(*(step, self.allocation, self.pattern, sites, self.eligible), asked=asked)
-        return replace(self, counts=counts, asked=asked)
+        asked = math.ceil(exact_sparsity(self.prune.sparsity) * self.eligible)
+        return self.with_budget(Budget(asked=asked, weights=asked))
+
+    def with_budget(self, budget: Budget) -> Plan:
+        """Return the plan with another budget, and its counts; None where they await a survey."""
+        wish = (self.prune, self.allocation, self.pattern, self.sites, self.eligible)
+        return replace(self, counts=allocate(*wish, budget=budget), budget=budget)
 
     def _allocated(
         self,
@@ -229,11 +255,11 @@ class Plan:
             probe=probe,
             seed=self.recipe.seed,
             surveyed=True,
-            asked=self.asked,
+            budget=self.budget,
             remeasure=remeasure,
             facts=facts,
         )
-        return replace(self, counts=counts, verdict=facts or None)
+        return replace(self, counts=counts, facts=facts)
 
     def masker(self) -> Cutter:
         """Return what candidates are cut by: masks alone, without updates, on dense statistics."""
@@ -283,8 +309,9 @@ def make_plan(
     stored: torch.dtype,
     converted_params: int = 0,
     may_evaluate: bool = True,
+    budget: Budget | None = None,
 ) -> Plan:
-    """Decide a run.
+    """Decide a run; with a `budget` that was decided before, by that.
 
     Raises:
         RecipeError: the wish does not fit the model.
@@ -297,26 +324,28 @@ def make_plan(
     form = decide_form(step, pattern)
     searches = "ppl" in (step.target or {})
     parts = needs_of(method, allocation, searches=searches, pattern=pattern)
-    groups = tuple(
-        groups_of(pattern, anatomy, block=index, prefix=prefix, skip=step.skip)
-        for index, (anatomy, prefix) in enumerate(
-            zip(anatomies.blocks, anatomies.prefixes, strict=True)
-        )
+    amounts = _amounts_of_model if method.score in WHOLE_SCORES else _amounts_of_blocks
+    cache = cache_by_block(anatomies)
+
+    def settle(groups: Sequence[Sequence[Group]], eligible: int) -> Budget:
+        """Return what is to go, measured where that is asked for."""
+        sites = all_sites(groups)
+        if isinstance(pattern, Units):
+            check_widths(step, sites, heads_shared(anatomies))
+        if budget is not None:
+            return budget
+        if "latency" in (step.target or {}):
+            machine = machine_of(step, config, device, stored, recipe.trust_remote_code)
+            return time_budget(step, allocation, groups, anatomies, eligible, machine)
+        size = {"num_params": num_params(anatomies), "num_bytes": stored_bytes}
+        return budget_of(step, sites, eligible, **size, itemsize=stored.itemsize, cache=cache)
+
+    found = amounts(
+        *(recipe, anatomies, pattern, method, allocation, parts, config, stored, out, settle)
     )
-    sites = all_sites(groups)
-    check_globs(step.skip, anatomies)
-    check_units(pattern, groups, anatomies)
-    skipped, eligible = what_stays(anatomies, step, sites)
-    if not sites:
-        raise RecipeError(f"prune.skip: {list(step.skip)} leaves nothing to prune; skip less.")
-    asked = asked_weights(
-        step, eligible, num_params=num_params(anatomies), itemsize=stored.itemsize
-    )
-    counts = allocate(step, allocation, pattern, sites, eligible, asked=asked)
     num_samples = recipe.calibration.num_samples
     seq_len = sequence_length(recipe, config)
-    forward = parts.tokens
-    removed = sum(counts[site.name] * site.unit_cost for site in sites) if counts else 0
+    forward = parts.walks
     shape = sizes_of(anatomies, config, stored_bytes, stored.itemsize)
     itemsize = dtype.itemsize if forward else stored.itemsize
     wants = recipe.evaluate if may_evaluate else None
@@ -330,13 +359,11 @@ def make_plan(
         seq_len=seq_len,
         eval_tokens=windows * seq_len,
         forward=forward,
-        removed_bytes=removed * stored.itemsize if form == "shrunk" else 0,
+        removed_bytes=found.removed * stored.itemsize if form == "shrunk" else 0,
         converted_params=converted_params,
         rate=measure_rate(device, dtype),
-        survey=survey_cost(
-            *(step, allocation, pattern, sites, parts, stored, counts is None), asked=asked
-        ),
-        statistics_bytes=most_statistics(anatomies, groups, {*parts.cut, *parts.survey}),
+        survey=found.survey,
+        statistics_bytes=found.statistics_bytes,
         most=sequences_at_most(method, parts, step.options),
         streams=1 + parts.dense + parts.inputs,
         passes=repair_passes(method, step.options) + 3 * bool(parts.regional),
@@ -353,24 +380,129 @@ def make_plan(
         group=group,
         allocation=allocation,
         form=form,
-        groups=groups,
+        groups=found.groups,
         prefixes=anatomies.prefixes,
-        counts=counts,
-        eligible=eligible,
+        counts=found.counts,
+        eligible=found.eligible,
         num_params=num_params(anatomies),
-        skipped=skipped,
+        skipped=found.skipped,
         parts=parts,
         device=device,
         dtype=dtype,
         stored=stored,
-        asked=asked,
+        budget=found.budget,
+        stored_bytes=stored_bytes,
+        cache=tuple(cache) if cache else None,
         seq_len=seq_len,
         num_samples=num_samples,
         eval_windows=_windows(wants.perplexity if wants else False, windows, cost)
         if not searches
         else windows or EvaluateStep().num_windows,
         estimate=cost,
-        notes=_notes(step, group, pattern),
+        notes=_notes(step, group, pattern, found.whole),
+        whole=found.whole,
+    )
+
+
+class Amounts(NamedTuple):
+    """What may go and how much: groups by block, eligible weights, those asked for, the counts.
+
+    `removed` are all parameters that go, where that is known.
+    """
+
+    groups: tuple[tuple[Group, ...], ...]
+    skipped: tuple[Skipped, ...]
+    eligible: int
+    budget: Budget
+    counts: Mapping[str, int] | None
+    removed: int
+    survey: Survey | None
+    statistics_bytes: int
+    whole: Whole | None = None
+
+
+def _amounts_of_blocks(
+    recipe: Recipe,
+    anatomies: Anatomies,
+    pattern: Pattern,
+    method: Method,
+    allocation: str,
+    parts: Needs,
+    config: Any,
+    stored: torch.dtype,
+    out: str | None,
+    settle: Settle,
+) -> Amounts:
+    """Return what goes of single blocks: weights, tiles, units.
+
+    Raises:
+        RecipeError: the wish does not fit the model.
+    """
+    step = recipe.prune
+    along = kinds_with_them(pattern, anatomies)
+    if EXPERT_CHANNELS in along:
+        check_equal(allocation, EXPERT_CHANNELS)
+    groups = tuple(
+        groups_of(
+            *(pattern, anatomy),
+            block=index,
+            prefix=prefix,
+            skip=step.skip,
+            with_them=along,
+        )
+        for index, (anatomy, prefix) in enumerate(
+            zip(anatomies.blocks, anatomies.prefixes, strict=True)
+        )
+    )
+    sites = all_sites(groups)
+    check_globs(step.skip, anatomies)
+    check_units(pattern, groups, anatomies)
+    skipped, eligible = what_stays(anatomies, step, sites)
+    if not sites:
+        raise RecipeError(f"prune.skip: {list(step.skip)} leaves nothing to prune; skip less.")
+    budget = settle(groups, eligible)
+    counts = allocate(step, allocation, pattern, sites, eligible, budget=budget)
+    removed = sum(counts[site.name] * site.unit_cost for site in sites) if counts else 0
+    survey = survey_cost(
+        *(step, allocation, pattern, sites, parts, stored, counts is None), budget=budget
+    )
+    learnt = most_statistics(anatomies, groups, {*parts.cut, *parts.survey})
+    return Amounts(groups, skipped, eligible, budget, counts, removed, survey, learnt)
+
+
+def _amounts_of_model(
+    recipe: Recipe,
+    anatomies: Anatomies,
+    pattern: Pattern,
+    method: Method,
+    allocation: str,
+    parts: Needs,
+    config: Any,
+    stored: torch.dtype,
+    out: str | None,
+    settle: Settle,
+) -> Amounts:
+    """Return what goes of units that run through all blocks, of which each block has no group.
+
+    Raises:
+        RecipeError, UnsupportedModel: the wish does not fit the model.
+    """
+    whole, asked = plan_whole(
+        *(recipe.prune, method, anatomies, config),
+        in_memory=out is None,
+        itemsize=stored.itemsize,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    return Amounts(
+        groups=((),) * len(anatomies.blocks),
+        skipped=whole.skipped,
+        eligible=whole.eligible,
+        budget=Budget(asked=asked, weights=asked),
+        counts={whole.site.name: whole.removed},
+        removed=num_params(anatomies) - whole.num_params,
+        survey=whole.survey,
+        statistics_bytes=whole.statistics_bytes,
+        whole=whole,
     )
 
 
@@ -397,6 +529,12 @@ def decide_form(step: PruneStep, pattern: Pattern) -> str:
         RecipeError: single weights cannot be cut out of a dense matrix.
     """
     if isinstance(pattern, Units):
+        if step.form == "masked" and EXPERTS in pattern.kinds:
+            raise RecipeError(
+                f"prune.form: masked would leave the experts that go in place, and pattern is "
+                f"{step.pattern}: no weight that is zero keeps a router from choosing them. Type "
+                "--set prune.form=shrunk, or --pattern expert-channels."
+            )
         return "shrunk" if step.form == "auto" else step.form
     if step.form == "shrunk":
         raise RecipeError(
@@ -424,8 +562,12 @@ def sequence_length(recipe: Recipe, config: Any) -> int:
     return asked
 
 
-def _notes(step: PruneStep, group: GroupName, pattern: Pattern) -> tuple[str, ...]:
+def _notes(
+    step: PruneStep, group: GroupName, pattern: Pattern, whole: Whole | None
+) -> tuple[str, ...]:
     """Return what a reader of the plan may not expect."""
+    if whole is not None:
+        return whole.notes
     if group == "mass" and not isinstance(pattern, Unstructured):
         within = "their own groups" if ":" in step.pattern else "their row"
         return (f"equal mass is for single weights; {step.pattern} competes within {within}",)

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.allocation import ALLOCATIONS
 from llmprune.arch.anatomy import split_index
+from llmprune.arch.couplings import EXPERT_CHANNELS
 from llmprune.base.markup import html_facts, html_folded, html_table
 from llmprune.base.progress import human_bytes, human_count, human_seconds
 from llmprune.base.text import columns, named_lines, ranges
 from llmprune.calibration.selection import calibration_texts, evaluation_data, name_of, place_of
 from llmprune.engine.cost import LIBRARIES
+from llmprune.engine.reckoning import sizes_of_result, target_notes, target_reached, target_text
 from llmprune.engine.target import ROUNDS, SPLITS
+from llmprune.engine.whole import TRUNK
 from llmprune.mask.pattern import Tiles, Units, Unstructured
 
 if TYPE_CHECKING:
@@ -24,7 +27,8 @@ SKIPPED = ("not pruned", "parameters", "of model", "why")
 
 def plan_text(plan: Plan) -> str:
     """Return the plan as aligned lines: what, where, how much, how long, and how it will load."""
-    return "\n\n".join([named_lines(_lines(plan)), _sites(plan), columns(SKIPPED, _skipped(plan))])
+    rest = [columns(SKIPPED, rows)] if (rows := _skipped(plan)) else []
+    return "\n\n".join([named_lines(_lines(plan)), _sites(plan), *rest])
 
 
 def plan_html(plan: Plan) -> str:
@@ -57,7 +61,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("resume", _resume(plan)),
         ("perplexity", _perplexity(plan)),
         ("loads", _loads(plan)),
-        *(("note", note) for note in (*plan.notes, *_idle(plan))),
+        *(("note", note) for note in (*plan.notes, *target_notes(plan), *_idle(plan))),
     ]
 
 
@@ -73,6 +77,8 @@ def _method(plan: Plan) -> str:
 
 def _allocation(plan: Plan) -> str:
     match plan.allocation:
+        case "uniform" if plan.whole is not None:
+            return f"{plan.whole.kept:,} of {plan.whole.site.num_units:,} in the whole model"
         case "uniform" if isinstance(plan.pattern, Units):
             return "uniform: equally many units of each kind in every block"
         case "uniform":
@@ -105,9 +111,9 @@ def _target(plan: Plan) -> str:
     """Return how the sparsity is looked for, where a target is to be met."""
     if not plan.prune.target:
         return ""
-    if not plan.searches:
-        ((key, text),) = plan.prune.target.items()
-        return f"{key} {text}: {human_count(plan.asked)} weights are to go at least"
+    found = target_reached(plan)
+    if found is not None:
+        return target_text(found)
     return (
         f"ppl {plan.prune.target['ppl']}: the highest sparsity up to {plan.prune.sparsity:g} that "
         f"keeps it, {ROUNDS} rounds of {SPLITS} sparsities, equal shares, "
@@ -193,7 +199,9 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "repair": plan.method.repair,
         "permute": plan.prune.permute,
         "target": dict(plan.prune.target) if plan.prune.target else None,
-        "notes": [*plan.notes, *_idle(plan)],
+        "reached": target_reached(plan),
+        "sizes": sizes_of_result(plan),
+        "notes": [*plan.notes, *target_notes(plan), *_idle(plan)],
         "calibration": name_of(calibration_texts(plan.recipe)) if plan.forward else None,
         "evaluation": evaluation_data(plan.recipe) if plan.eval_windows else None,
         "allocation": plan.allocation,
@@ -231,6 +239,8 @@ def _group(plan: Plan) -> str:
 
 def _solver(plan: Plan) -> str:
     """Return what happens to the weights that stay."""
+    if plan.whole is not None:
+        return plan.whole.score.says
     if plan.method.solver == "zero":
         alone = "changed by the repair alone" if plan.method.repair else "not changed"
         return f"weights that stay are {alone}"
@@ -306,11 +316,12 @@ def _hub(names: list[str]) -> str:
 
 def _walks(plan: Plan) -> str:
     cost = plan.estimate
-    if not plan.forward:
+    if not plan.parts.walks:
         survey = f"{cost.num_reads - 1} to survey, then " if cost.num_reads > 1 else ""
         return f"{survey}1 over the weights; no forward, no calibration"
+    then = "passed" if plan.whole is None else "passed (and 1 over the weights)"
     return (
-        "1 forward, each block observed then passed: "
+        f"1 forward, each block observed then {then}: "
         f"{plan.num_samples} x {plan.seq_len} tokens in micro-batches of {cost.micro_batch}, "
         f"{plan.dtype_name} on {plan.device}, "
         f"hidden states on {cost.place} ({human_bytes(cost.hidden_bytes)})"
@@ -318,6 +329,8 @@ def _walks(plan: Plan) -> str:
 
 
 def _resume(plan: Plan) -> str:
+    if plan.whole is not None:
+        return "what was learnt of the text and finished shards are kept"
     if not plan.forward:
         return "finished blocks are kept"
     seconds = human_seconds(plan.estimate.resume_seconds)
@@ -327,8 +340,9 @@ def _resume(plan: Plan) -> str:
 def _perplexity(plan: Plan) -> str:
     if not plan.eval_windows:
         return f"not measured; ask with: llmprune eval {plan.out or 'OUT'} --perplexity demo"
+    per = "per byte, " if plan.whole is not None and plan.whole.is_vocabulary else ""
     return (
-        f"dense and pruned, {plan.eval_windows} windows of {plan.seq_len} tokens, about "
+        f"{per}dense and pruned, {plan.eval_windows} windows of {plan.seq_len} tokens, about "
         f"{human_seconds(plan.estimate.evaluate_seconds)}"
     )
 
@@ -346,8 +360,10 @@ def _kinds(plan: Plan) -> list[tuple[str, ...]]:
     awaited = _awaited(plan)
     kinds: dict[str, tuple[list[int], int, int | None]] = {}
     for site in plan.sites:
-        prefix = next(p for p in plan.prefixes if site.name.startswith(p))
+        prefix = next((p for p in plan.prefixes if site.name.startswith(p)), "")
         name, _ = split_index(site.name.removeprefix(prefix))
+        if name.startswith(EXPERT_CHANNELS):
+            name = EXPERT_CHANNELS
         count = None if awaited else (plan.counts or {})[site.name]
         key = f"{name} {site.num_units} {count}"
         blocks, units, removed = kinds.get(key, ([], 0, 0))
@@ -357,9 +373,14 @@ def _kinds(plan: Plan) -> list[tuple[str, ...]]:
         blocks = blocks if site.block in blocks[-1:] else [*blocks, site.block]
         kinds[key] = (blocks, units, removed)
     return [
-        (key.split(" ")[0], ranges(blocks), f"{units:,}", *_removed(count, units, awaited))
+        (key.split(" ")[0], _blocks(blocks), f"{units:,}", *_removed(count, units, awaited))
         for key, (blocks, units, count) in kinds.items()
     ]
+
+
+def _blocks(blocks: list[int]) -> str:
+    """Return the blocks of a kind of site as ranges; what lies in no block alone is in all."""
+    return "all" if blocks == [TRUNK] else ranges(blocks)
 
 
 def _removed(count: int | None, units: int, awaited: str) -> tuple[str, str]:

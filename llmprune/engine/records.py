@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OWN = "llmprune"
-OBEYED = ("micro_batch", "threads", "place")
+OBEYED = ("micro_batch", "threads", "place", "budget")
 TOLD = ("wish", "text", "origin", "unused", "source.name", "source.revision", "source.folder")
 
 

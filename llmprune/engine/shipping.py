@@ -10,19 +10,21 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.arch.anatomy import anatomy_of
 from llmprune.arch.couplings import ATTENTION, BLOCK, DEPTHS, FFN, HEADS, QUERY_HEADS
 from llmprune.arch.layout import BlockLayout, Layout, Tier
-from llmprune.arch.resize import check_blocks_alike, resized
-from llmprune.arch.types import Site
+from llmprune.arch.resize import as_mistral, check_blocks_alike, resized
+from llmprune.arch.types import Coupling, Site
 from llmprune.base.errors import CheckpointError, UnsupportedModel, WontLoad, first_line
 from llmprune.checkpoint.shrink import Axes, axes_of
+from llmprune.checkpoint.shrink_experts import without_units
 from llmprune.checkpoint.skeleton import Skeleton, build_skeleton, read_config
+from llmprune.engine.rehearsal import check_meaning
 from llmprune.engine.sites import Group
+from llmprune.solver import COMPENSATIONS
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +78,8 @@ def layout_of(groups: Sequence[Sequence[Group]], counts: Counts) -> Layout:
             for group in here:
                 (site,) = group.sites
                 assert group.coupling is not None
+                if is_gone(site, without):
+                    continue
                 for key, per_unit in group.coupling.config_keys:
                     sizes[key] = per_unit * (site.num_units - counts[site.name])
             blocks.append(BlockLayout(source=index, sizes=sizes, without=without))
@@ -119,8 +123,9 @@ def ship(
         )
     base = _explicit(config, source.config, len(plan.groups))
     tier, reasons = _choose_tier(plan, base, layout)
-    sizes = _sizes(plan, layout) if tier in ("E0", "E1") else _pinned(plan)
-    changed = resized(base, layout, sizes)
+    sizes: dict[str, Any] = _sizes(plan, layout) if tier in ("E0", "E1") else _pinned(plan)
+    sizes |= bias_entries(plan, source, anatomies)
+    changed = resized(base, layout, _as_named(sizes, base, source.config))
     code: tuple[Path, ...] = ()
     if tier in ("E2", "E3"):
         from llmprune.delivery.heterogeneous import heterogeneous_config
@@ -138,8 +143,63 @@ def ship(
         reasons=tuple(reasons),
     )
     check_blocks_alike(source.blocks, skeleton.blocks, layout, _roots(anatomies))
+    _check_biases(plan, skeleton, layout)
     _check_shapes(plan, source, shipment, anatomies)
+    if tier in ("E0", "E1"):
+        check_meaning(
+            *(source.config, source.family, _kinds(plan, layout), changed["model_type"]),
+            trust_remote_code=trust_remote_code,
+        )
     return shipment
+
+
+def _kinds(plan: Plan, layout: Layout) -> list[str]:
+    """Return the kinds of units that go anywhere."""
+    gone = [BLOCK] if len(layout.blocks) < len(plan.groups) else []
+    return [*gone, *{site.kind for site in plan.sites if (plan.counts or {})[site.name]}]
+
+
+def bias_entries(plan: Plan, source: Skeleton, anatomies: Sequence[Anatomy]) -> dict[str, Any]:
+    """Return the config's entries that give linears the biases that a compensation writes."""
+    if not _writes_biases(plan):
+        return {}
+    found = {}
+    for index, groups in enumerate(plan.groups):
+        params = source.shapes(index)
+        for group in groups:
+            reader = group.coupling.reader if group.coupling is not None else None
+            if reader is None or not (plan.counts or {})[group.sites[0].name]:
+                continue
+            param = anatomies[index].linears[reader].param
+            half = "attention_bias" if group.sites[0].kind in (HEADS, QUERY_HEADS) else "mlp_bias"
+            if param.removesuffix("weight") + "bias" not in params and hasattr(source.config, half):
+                found[half] = True
+    return found
+
+
+def _writes_biases(plan: Plan) -> bool:
+    row = COMPENSATIONS.get(plan.method.solver)
+    return row is not None and row.bias
+
+
+def _check_biases(plan: Plan, skeleton: Skeleton, layout: Layout) -> None:
+    """Check that every linear that a compensation gives a bias has a place for it.
+
+    Raises:
+        WontLoad: one has none: transformers would drop the bias on loading.
+    """
+    for place, block in enumerate(layout.blocks if _writes_biases(plan) else ()):
+        params = skeleton.shapes(place)
+        for group in plan.groups[block.source]:
+            reader = group.coupling.reader if group.coupling is not None else None
+            gone = is_gone(group.sites[0], block.without)
+            cut = bool((plan.counts or {})[group.sites[0].name]) and not gone
+            if reader is not None and cut and f"{reader}.bias" not in params:
+                raise WontLoad(
+                    f"solver {plan.method.solver} puts a bias into {reader}, for which a "
+                    f"{skeleton.config.model_type} model has no place: it would be dropped on "
+                    "loading. Type --set prune.solver=least-squares, which needs none."
+                )
 
 
 def as_it_is(source: Skeleton, config: Mapping[str, Any], num_blocks: int) -> Shipment:
@@ -148,19 +208,28 @@ def as_it_is(source: Skeleton, config: Mapping[str, Any], num_blocks: int) -> Sh
     return Shipment(layout=Layout(blocks=blocks), tier="E0", config=config, skeleton=source)
 
 
-def kv_values(skeleton: Skeleton) -> int:
-    """Return how many numbers of key and value a token leaves in the cache of a model.
+def ship_masked(
+    plan: Plan,
+    source: Skeleton,
+    config: Mapping[str, Any],
+    anatomies: Sequence[Anatomy],
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+) -> Shipment:
+    """Decide how a result with zeros is stored: as the source, but for biases that it gets.
 
-    Counted from the rows of the linears that make them, by the couplings of every block; 0 where a
-    family has none.
+    Raises:
+        WontLoad: the family has no place for them.
     """
-    total = 0
-    for index in range(len(skeleton.blocks)):
-        anatomy = anatomy_of(skeleton.family, skeleton.shapes(index))
-        heads = anatomy.coupling(HEADS)
-        if heads is not None and skeleton.family.heads is not None:
-            total += 2 * heads.num_units * skeleton.family.heads.head_dim
-    return total
+    plain = as_it_is(source, config, len(plan.groups))
+    entries = bias_entries(plan, source, anatomies)
+    skeleton, changed = source, dict(config)
+    if entries:
+        changed = resized(config, plain.layout, entries)
+        changed, skeleton = _built(source, changed, (), dtype, trust_remote_code)
+    _check_biases(plan, skeleton, plain.layout)
+    return replace(plain, config=changed, before=config, skeleton=skeleton)
 
 
 def axes_of_block(
@@ -171,13 +240,19 @@ def axes_of_block(
     widths: Mapping[str, int],
 ) -> Axes:
     """Return the index of every axis of a block that changes; `kept` are units by site."""
-    cut = [
+    return axes_of(cut_of_block(groups, kept), anatomy.linears, shapes, widths)
+
+
+def cut_of_block(
+    groups: Sequence[Group], kept: Mapping[str, torch.Tensor]
+) -> list[tuple[Coupling, torch.Tensor]]:
+    """Return the couplings of a block that units are cut out of; `kept` are units by site."""
+    return [
         (group.coupling, kept[site.name])
         for group in groups
         for site in group.sites
         if group.coupling is not None and site.kind not in DEPTHS and site.name in kept
     ]
-    return axes_of(cut, anatomy.linears, shapes, widths)
 
 
 def _explicit(config: Mapping[str, Any], built: Any, num_blocks: int) -> dict[str, Any]:
@@ -223,12 +298,17 @@ def _sizes(plan: Plan, layout: Layout) -> dict[str, int]:
         for key, _ in group.coupling.config_keys
     }
     sizes = {key: num for key, num in layout.widest.items() if key in changed}
-    if "" in changed:
-        raise WontLoad(
-            "this family's config has no entry that counts these units. Choose another --pattern, "
-            "or --set prune.form=masked."
-        )
     return sizes | _pinned(plan)
+
+
+def _as_named(sizes: Mapping[str, Any], base: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """Return sizes under the names that a config.json has for them, all of those that are one."""
+    aliases = getattr(config, "attribute_map", {})
+    found: dict[str, Any] = {}
+    for key, size in sizes.items():
+        names = {key, aliases.get(key, key), *(a for a, own in aliases.items() if own == key)}
+        found |= dict.fromkeys(sorted(names & base.keys()) or [key], size)
+    return found
 
 
 def _pinned(plan: Plan) -> dict[str, int]:
@@ -285,10 +365,7 @@ def _built(
         plain = not (config.get("attention_bias") or config.get("mlp_bias"))
         if config.get("model_type") != "llama" or not plain or code:
             raise
-    left_out = ("attention_bias", "mlp_bias", "pretraining_tp")
-    twin = {key: value for key, value in config.items() if key not in left_out}
-    twin |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    twin["sliding_window"] = None
+    twin = as_mistral(config)
     return twin, _build(source, twin, code, dtype, trust_remote_code)
 
 
@@ -334,26 +411,48 @@ def _check_shapes(
     Raises:
         WontLoad: it does not; names the parameter.
     """
-    import torch
-
     for place, block in enumerate(shipment.layout.blocks):
         groups = plan.groups[block.source]
-        shapes = dict(source.shapes(block.source))
         kept = {
-            site.name: torch.arange(site.num_units - (plan.counts or {})[site.name])
+            site.name: _some_units(site, (plan.counts or {})[site.name])
             for group in groups
             for site in group.sites
             if not is_gone(site, block.without) or shipment.tier == "E1"
         }
-        axes = axes_of_block(groups, kept, anatomies[block.source], shapes, shipment.widths)
+        anatomy = anatomies[block.source]
+        shapes = _without_units(source.stored_shapes(block.source), groups, kept, anatomy)
+        axes = axes_of_block(groups, kept, anatomy, shapes, shipment.widths)
         for (param, axis), index_N in axes.items():
-            shape = list(shapes[param])
-            shape[axis] = len(index_N)
-            shapes[param] = tuple(shape)
-        for param, shape in shipment.skeleton.shapes(place).items():
+            sizes = list(shapes[param])
+            sizes[axis] = len(index_N)
+            shapes[param] = tuple(sizes)
+        for param, shape in shipment.skeleton.stored_shapes(place).items():
             if shapes.get(param, shape) != shape:
                 raise WontLoad(
                     f"{param} of block {block.source} would be {list(shapes[param])}, where the "
                     f"config makes it {list(shape)}: this family's config cannot say so. Choose "
                     "another --pattern, or --set prune.form=masked."
                 )
+
+
+def _some_units(site: Site, count: int) -> torch.Tensor:
+    """Return units that may stay where `count` go: the first of every group."""
+    import torch
+
+    size, kept = site.num_units // site.num_groups, (site.num_units - count) // site.num_groups
+    starts = torch.arange(site.num_groups)[:, None] * size
+    return (starts + torch.arange(kept)).reshape(-1)
+
+
+def _without_units(
+    shapes: Mapping[str, tuple[int, ...]],
+    groups: Sequence[Group],
+    kept: Mapping[str, torch.Tensor],
+    anatomy: Anatomy,
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a block's parameters once experts, or channels of theirs, are gone."""
+    import torch
+
+    values = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    found = without_units(values, cut_of_block(groups, kept), anatomy.linears)
+    return {name: tuple(value.shape) for name, value in found.items()}

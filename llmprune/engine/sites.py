@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from llmprune.arch.anatomy import Anatomy
+from llmprune.arch.couplings import BLOCK, CHANNELS, EXPERT_CHANNELS
 from llmprune.arch.types import Coupling, Site, Span
 from llmprune.base.errors import RecipeError
 from llmprune.mask.pattern import NofM, Pattern, Tiles, Units
@@ -37,15 +38,24 @@ def is_skipped(linear: str, prefix: str, skip: Sequence[str]) -> bool:
 
 
 def groups_of(
-    pattern: Pattern, anatomy: Anatomy, *, block: int, prefix: str, skip: Sequence[str]
+    pattern: Pattern,
+    anatomy: Anatomy,
+    *,
+    block: int,
+    prefix: str,
+    skip: Sequence[str],
+    with_them: Sequence[str] = (),
 ) -> tuple[Group, ...]:
     """Return the groups of one block under a pattern, in the order their taps are read.
+
+    `with_them` are kinds of unit that go along with those of the pattern.
 
     Raises:
         RecipeError: the pattern does not fit the block's linears.
     """
     if isinstance(pattern, Units):
-        rows = [row for row in anatomy.couplings if row.name.partition(".")[0] in pattern.kinds]
+        kinds = {*pattern.kinds, *with_them}
+        rows = [row for row in anatomy.couplings if row.kind in kinds]
         return tuple(_coupled(row, anatomy, block=block, prefix=prefix, skip=skip) for row in rows)
     groups = []
     for tap in anatomy.taps:
@@ -98,16 +108,20 @@ def _coupled(
                 f"{coupling.name!r}, which go whole. Skip linears that no unit has a part of, or "
                 "choose another --pattern."
             )
-    cost = sum(span_cost(span, anatomy) for span in coupling.spans)
-    kind = coupling.name.partition(".")[0]
+    own = sum(span_cost(span, anatomy) for span in coupling.spans if span.axis != "all")
+    whole = sum(span_cost(span, anatomy) for span in coupling.spans if span.axis == "all")
+    channels = coupling.kind in (CHANNELS, EXPERT_CHANNELS)
     site = Site(
         name=prefix + coupling.name,
         block=block,
         spans=coupling.spans,
         num_units=coupling.num_units,
-        unit_cost=cost,
-        kind=kind,
+        unit_cost=own + whole // coupling.num_units,
+        kind=coupling.kind,
         num_groups=coupling.num_groups,
+        grid=math.lcm(coupling.grid, coupling.num_groups),
+        least=coupling.least,
+        entry=coupling.config_keys[0][0] if channels and coupling.config_keys else "",
     )
     around = dict.fromkeys(anatomy.tap_of(span.linear).name for span in coupling.spans)
     tap = "" if coupling.reader is None else anatomy.tap_of(coupling.reader).name
@@ -122,6 +136,23 @@ def span_cost(span: Span, anatomy: Anatomy) -> int:
     return span.width * (columns if span.axis == "out" else rows)
 
 
+def kinds_with_them(pattern: Pattern, anatomies: Anatomies) -> tuple[str, ...]:
+    """Return the kinds of unit that go along with those of a pattern.
+
+    Where one entry of the config counts the channels of experts and of dense halves, as in a Jamba,
+    all are as wide.
+    """
+    if not isinstance(pattern, Units):
+        return ()
+    entries: dict[str, set[str]] = {}
+    for row in (row for block in anatomies.blocks for row in block.couplings):
+        if row.kind in (CHANNELS, EXPERT_CHANNELS):
+            entries.setdefault(row.kind, set()).update(key for key, _ in row.config_keys)
+    kinds = {kind for kind in entries if kind in pattern.kinds}
+    asked = {key for kind in kinds for key in entries[kind]}
+    return tuple(kind for kind in entries if kind not in kinds and entries[kind] & asked)
+
+
 def check_units(pattern: Pattern, groups: Sequence[Sequence[Group]], anatomies: Anatomies) -> None:
     """Check that the model has units of every kind that a pattern names.
 
@@ -134,7 +165,8 @@ def check_units(pattern: Pattern, groups: Sequence[Sequence[Group]], anatomies: 
     for kind in pattern.kinds:
         if kind not in there:
             blocks = anatomies.blocks
-            has = dict.fromkeys(row.name.partition(".")[0] for b in blocks for row in b.couplings)
+            kinds = dict.fromkeys(row.kind for b in blocks for row in b.couplings)
+            has = ["blocks" if each == BLOCK else each for each in kinds]
             why = next((block.lacks[kind] for block in blocks if kind in block.lacks), None)
             because = f": {why}" if why else "; the table of families knows of none"
             raise RecipeError(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
+from llmprune.arch.couplings import EXPERTS
+from llmprune.arch.experts import experts_of
 from llmprune.arch.types import Coupling, Site
 from llmprune.catalog import Method
 from llmprune.engine.sites import Group
@@ -56,7 +58,8 @@ class Outcome:
     """What became of a block: rows for the report, masks by linear, kept units by site.
 
     Where whole units go, `cut_out` are couplings with the units kept, `unit_masks` (by linear,
-    relative to the block) what they leave, and `cleared` the linears of halves that go.
+    relative to the block) what they leave, and `cleared` the linears of halves that go. Linears of
+    experts are `numbered` anew where some of these went.
     """
 
     rows: list[dict[str, object]] = field(default_factory=list)
@@ -68,6 +71,7 @@ class Outcome:
     permuted: list[Order] = field(default_factory=list)
     touched: set[str] = field(default_factory=set)
     facts: dict[str, Fact] = field(default_factory=dict)
+    numbered: set[str] = field(default_factory=set)
 
     def keep(self, linear: str, keep_OI: Tensor) -> None:
         """Keep the mask of a linear, packed: eight masks of a block take the room of one."""
@@ -84,7 +88,7 @@ class Outcome:
         """Keep the masks of an earlier pruning of a block where this one decided nothing."""
         for order in self.permuted:
             prior = follow(order, prefix, prior)
-        for linear in sorted(prior.keys() - self.masks.keys()):
+        for linear in sorted(prior.keys() - self.masks.keys() - self.numbered):
             self.keep(linear, prior[linear])
 
 
@@ -148,6 +152,9 @@ class Cutter:
         if self.shrink:
             for name, keep_OI in sliced_masks(prior, outcome.cut_out, block).items():
                 outcome.keep(name, keep_OI)
+            if any(row.kind == EXPERTS for row, _ in outcome.cut_out):
+                experts = experts_of(block.anatomy.linears).values()
+                outcome.numbered |= {block.prefix + name for names in experts for name in names}
         else:
             for linear, keep_OI in masks.items():
                 earlier = prior.get(block.prefix + linear)
@@ -438,7 +445,7 @@ class Cutter:
                     stored=self.stored,
                 )
                 outcome.touched |= changed
-        if count:
+        if count and not self.shrink:
             for linear, keep_OI in unit_masks(group, block, keep_U).items():
                 before = outcome.unit_masks.get(linear)
                 outcome.unit_masks[linear] = keep_OI if before is None else before & keep_OI

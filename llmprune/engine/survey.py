@@ -25,6 +25,7 @@ from llmprune.checkpoint.sink import write_json
 from llmprune.checkpoint.source import read_json
 from llmprune.engine.amounts import spared
 from llmprune.engine.cutting import Learnt, Prior
+from llmprune.engine.gates import learn_gates
 from llmprune.engine.gradients import Gradients, take_gradients
 from llmprune.engine.plan import Plan
 from llmprune.engine.probing import Prober
@@ -34,6 +35,7 @@ from llmprune.engine.target import meet_target
 from llmprune.engine.unit_survey import unit_profiles
 from llmprune.mask.counts import exact_sparsity, round_half_up
 from llmprune.mask.pattern import Tiles, Units, pool_tiles
+from llmprune.score import score_row
 from llmprune.stats.types import Stats
 from llmprune.walk.block import Blocks
 from llmprune.walk.forward import Stream
@@ -122,6 +124,7 @@ def take_survey(plan: Plan, around: Surroundings, *, record: Path | None = None)
         plan = _judged(plan, judge, around.progress)
     if record is not None and plan.counts is not None:
         found = {"allocation": plan.allocation, "removed": dict(plan.counts)}
+        found |= {"facts": dict(plan.facts)} if plan.facts else {}
         write_json(record, found | ({"verdict": dict(plan.verdict)} if plan.verdict else {}))
     return plan
 
@@ -139,7 +142,8 @@ def _recorded(plan: Plan, record: Path) -> Plan:
             f"{record} does not hold the counts of this run's linears. Begin again with "
             "--overwrite."
         )
-    return replace(plan, counts=counts, verdict=found.get("verdict"))
+    facts = found.get("facts", {})
+    return replace(plan, counts=counts, verdict=found.get("verdict"), facts=facts)
 
 
 def _judged(plan: Plan, probe: Probe, progress: Progress) -> Plan:
@@ -361,6 +365,8 @@ def before_the_cut(
         around.folder.mkdir(parents=True, exist_ok=True)
     if plan.parts.backward:
         around = replace(around, gradients=_gradients(plan, around).of)
+    if plan.parts.gates:
+        around = replace(around, gradients=_gates(plan, around))
     if plan.searches:
         if question_NT is None:
             raise RecipeError(
@@ -372,6 +378,21 @@ def before_the_cut(
     if plan.counts is None:
         plan = take_survey(plan, around, record=record)
     return plan, around.gradients
+
+
+def _gates(plan: Plan, around: Surroundings) -> Callable[[int], Learnt]:
+    """Learn a gate for every unit, or take those that an interrupted run has learnt."""
+    assert around.tokens_NT is not None
+    options = plan.options_of(score_row(plan.method.score).options)
+    return learn_gates(
+        around.blocks,
+        plan.groups,
+        around.tokens_NT,
+        target=plan.asked / sum(site.num_weights for site in plan.sites),
+        steps=int(options["steps"]),
+        progress=around.progress,
+        file=around.folder / "gates.safetensors" if around.folder else None,
+    )
 
 
 def _gradients(plan: Plan, around: Surroundings) -> Gradients:

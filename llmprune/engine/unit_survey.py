@@ -11,10 +11,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llmprune.allocation import ALLOCATIONS
+from llmprune.arch.couplings import EXPERTS
 from llmprune.engine.units import EMPTY, is_deep, members_of, unit_scores
 from llmprune.score import score_row
 from llmprune.score.noise import seed_of
 from llmprune.stats.types import Stats
+from llmprune.walk.block import Block
+from llmprune.walk.forward import Stream
 from llmprune.walk.observation import observe
 from llmprune.walk.routing import observe_routing
 
@@ -45,7 +48,7 @@ def unit_profiles(plan: Plan, around: Surroundings) -> Found:
                 for site in (site for group in groups for site in group.sites):
                     for span in site.spans:
                         block.check_finite(span.linear)
-                routed = observe_routing(block, stream) if plan.parts.routing else None
+                routed = routing_of(plan, block, stream)
                 seen = observe(block, stream, plan.needs(index), dense=True)
                 known = beside(seen.stats, seen.residual, routed)
                 learnt = around.gradients(index)
@@ -74,6 +77,15 @@ def unit_profiles(plan: Plan, around: Surroundings) -> Found:
             stage.advance(f"block {index}")
     stream.hidden.close()
     return profiles, statistics
+
+
+def routing_of(plan: Plan, block: Block, stream: Stream | None) -> Stats | None:
+    """Return what a block's experts are given and answer, where the plan asks for it and there are
+    any."""
+    kinds = {site.kind for group in plan.groups[block.index] for site in group.sites}
+    if not plan.parts.routing or EXPERTS not in kinds or stream is None:
+        return None
+    return observe_routing(block, stream, plan.parts.routing)
 
 
 def beside(

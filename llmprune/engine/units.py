@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune.arch.couplings import DEPTHS
+from llmprune.arch.couplings import DEPTHS, EXPERTS
+from llmprune.arch.experts import experts_of
 from llmprune.arch.types import Coupling, Site
 from llmprune.checkpoint.shrink import linear_axes, take
 from llmprune.engine.sites import Group
@@ -179,7 +180,7 @@ def sliced_masks(
 ) -> dict[str, Tensor]:
     """Return the masks of an earlier pruning for what is left of the linears, by full name."""
     axes = linear_axes(cut_out, block.anatomy.linears)
-    found = {}
+    found = moved_masks(prior, cut_out, block)
     for linear in {name for name, _ in axes}:
         keep_OI = prior.get(block.prefix + linear)
         if keep_OI is not None:
@@ -187,6 +188,19 @@ def sliced_masks(
                 if (linear, axis) in axes:
                     keep_OI = take(keep_OI, axis, axes[linear, axis])
             found[block.prefix + linear] = keep_OI
+    return found
+
+
+def moved_masks(
+    prior: Mapping[str, Tensor], cut_out: list[tuple[Coupling, Tensor]], block: Block
+) -> dict[str, Tensor]:
+    """Return the masks of experts that stay under the numbers that they get, by full name."""
+    experts, found = experts_of(block.anatomy.linears), {}
+    for kept_K in (kept_K for row, kept_K in cut_out if row.kind == EXPERTS):
+        for place, expert in enumerate(kept_K.tolist()):
+            for new, old in zip(experts[place], experts[expert], strict=True):
+                if block.prefix + old in prior:
+                    found[block.prefix + new] = prior[block.prefix + old]
     return found
 
 

@@ -7,10 +7,13 @@ instead of by tokens. The numbers are those of lm-evaluation-harness under the s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from llmprune.base.errors import RecipeError
+from llmprune.calibration.windows import token_ids
+from llmprune.evaluation.windows import Windows, count_words, rolling_windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,39 @@ class RollingPerplexity:
             f"rolling windows of {self.seq_len}, the first after {self.prefix}; {self.num_words} "
             f"words, {self.num_bytes} bytes{'' if self.dtype == 'float32' else f', {self.dtype}'}"
         )
+
+
+def predict_text(
+    loss: Callable[[Windows], tuple[float, int]],
+    text: str,
+    tokenizer: Any,
+    *,
+    data: str,
+    seq_len: int,
+    dtype: str,
+) -> RollingPerplexity:
+    """Return the perplexities of a text, called `data`, every token predicted once.
+
+    `loss` gives a model's (summed negative log-likelihood in nats, predicted tokens) of windows.
+
+    Raises:
+        RecipeError: the text is empty, or the tokenizer has neither BOS nor end-of-text.
+    """
+    prefix = prefix_token(tokenizer)
+    windows = rolling_windows(token_ids(text, tokenizer), seq_len, prefix)
+    nats, count = loss(windows)
+    num_words, num_bytes = count_words(text), len(text.encode())
+    return RollingPerplexity(
+        **per_word_and_byte(nats, num_words=num_words, num_bytes=num_bytes),
+        num_words=num_words,
+        num_bytes=num_bytes,
+        num_tokens=count,
+        num_windows=len(windows.inputs_NT),
+        seq_len=seq_len,
+        prefix=str(tokenizer.convert_ids_to_tokens(prefix)),
+        data=data,
+        dtype=dtype,
+    )
 
 
 def per_word_and_byte(nats: float, *, num_words: int, num_bytes: int) -> dict[str, float]:

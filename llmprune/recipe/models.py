@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from llmprune.base.errors import UnknownName
+from llmprune.base.registry import near_match
 from llmprune.catalog import METHODS
 from llmprune.catalog.types import UNITS
 from llmprune.recipe.dialect import dump
@@ -100,6 +101,8 @@ class PruneStep(_Part):
     ``refine`` and ``repair`` take the place of the method's own; ``none`` leaves one out.
     ``options`` are the numbers of score, allocation and repair, by name. With ``effort`` what is
     not given follows from one dial. With ``target`` sparsity is the most that may be removed.
+    Of whole units, ``multiple`` divides the channels that stay, and ``parallel`` devices can share
+    heads and channels.
 
     >>> PruneStep(pattern="2:4").sparsity
     0.5
@@ -118,6 +121,7 @@ class PruneStep(_Part):
     form: Literal["auto", "masked", "shrunk"] = "auto"
     tier: Literal["auto", "E0", "E1", "E2", "E3"] = "auto"
     multiple: int | None = Field(default=None, ge=1)
+    parallel: int = Field(default=1, ge=1)
     regrow: bool = False
     effort: Literal["fast", "good", "best"] | None = None
     solver: str | None = None
@@ -161,10 +165,12 @@ class PruneStep(_Part):
                     "as in '16x16'; for single weights type 'unstructured'."
                 )
         elif pattern != "unstructured" and not set(pattern.split("+")) <= set(UNITS):
+            wrong = next(name for name in pattern.split("+") if name not in UNITS)
+            hint = near_match(wrong, ("unstructured", *UNITS))
             raise UnknownName(
-                f"'{pattern}' is no pattern. There are: unstructured, N:M such as 2:4, which keeps "
-                "N of every M weights, HxW such as 16x16, which removes whole tiles of H outputs "
-                f"by W inputs, and units: {', '.join(UNITS)}, or several with a plus, such as "
+                f"'{pattern}' is no pattern.{hint} There are: unstructured, N:M such as 2:4, which "
+                "keeps N of every M weights, HxW such as 16x16, which removes whole tiles of H "
+                f"outputs by W inputs, and units: {', '.join(UNITS)}, or several with a plus, such as "
                 "ffn-channels+heads."
             )
         return pattern
@@ -185,7 +191,7 @@ class PruneStep(_Part):
         pattern = info.data.get("pattern", "unstructured")
         if key == "ppl" and allowed_loss(text) is None:
             raise ValueError(
-                f"{target!r} is no target. There is ppl, what perplexity may rise to: type "
+                f"{target!r} is no target. Of ppl it is what perplexity may rise to: type "
                 "`target: {ppl: +5%}` or `--target ppl=+5%` for a twentieth more than the dense "
                 "model's, or `ppl=12.5` for the value itself."
             )

@@ -14,6 +14,9 @@ TARGETS = {
 }
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"params": _COUNTS, "size": _BYTES}
+LATENCY = {"latency_batch": 1.0, "latency_prompt": 128.0}
+"""Options of a target of latency: sequences at once, and tokens before the one that is timed."""
 
 
 def amount_of(key: str, text: str) -> tuple[Literal["times", "value"], float]:
@@ -31,10 +34,24 @@ def amount_of(key: str, text: str) -> tuple[Literal["times", "value"], float]:
         number, unit = float(found[1]), found[2].upper()
         if unit == "X" and 0 < number < 1:
             return "times", number
-        units = {"params": _COUNTS, "size": _BYTES}.get(key, {})
-        if unit in units and number > 0:
-            return "value", number * units[unit]
+        if unit in UNITS.get(key, {}) and number > 0:
+            return "value", number * UNITS[key][unit]
     raise ValueError(
-        f"'{text}' is no target for {key}, which is {TARGETS[key]}. Type for example "
+        f"{_why_not(key, text, found)}. A target for {key} is {TARGETS[key]}. Type for example "
         f"`--target {key}=0.8x`."
     )
+
+
+def _why_not(key: str, text: str, found: re.Match[str] | None) -> str:
+    """Say what is wrong with a target."""
+    if found is None:
+        return f"'{text}' is no number with a unit"
+    number, unit = float(found[1]), found[2].upper()
+    if not number:
+        return f"'{text}' leaves nothing"
+    if unit == "X":
+        return f"'{text}' is not below what the model has, which is 1x"
+    known = [name for name in UNITS.get(key, {}) if name]
+    if not known:
+        return f"'{text}' is no share of what the model has"
+    return f"'{text}' has no unit that is known here: x, {', '.join(known)}"

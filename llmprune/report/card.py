@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmprune.base.text import ranges
 from llmprune.catalog import METHODS
 from llmprune.report.coverage import coverage_line
 from llmprune.report.evaluations import Measured, measured, metric_results
@@ -86,12 +85,14 @@ def _summary(data: Mapping[str, Any], origin: Origin) -> str:
         what = f"are exact zeros ({data['sparsity_of_all']:.1%} of all {before:,} parameters)"
     else:
         what = f"were cut out: {after:,} of {before:,} parameters are left"
+    tokens = _step(data)["pattern"] == "vocabulary"
+    eligible = "the rows of tokens" if tokens else "the linears inside the decoder blocks"
     unnamed = "" if origin.hub_id or origin.bundled else " The base model was a local folder."
     earlier = " The model had been pruned before; the numbers are of both." * origin.pruned_before
     return (
         f"{origin.markdown}, pruned after training with llmprune {data['llmprune']} by {title}, "
         f"pattern {code(_step(data)['pattern'])}. **{data['sparsity']:.4g}** of the eligible "
-        f"weights (the linears inside the decoder blocks) {what}.{unnamed}{earlier}"
+        f"weights ({eligible}) {what}.{unnamed}{earlier}"
     )
 
 
@@ -111,7 +112,7 @@ def _loading(data: Mapping[str, Any], repo: str) -> str:
 
 def _removed(data: Mapping[str, Any]) -> str:
     rows = [
-        (code(k.name), ranges(k.blocks), f"{k.weights:,}", f"{k.removed:,}", f"{k.sparsity:.4f}")
+        (code(k.name), k.where, f"{k.weights:,}", f"{k.removed:,}", f"{k.sparsity:.4f}")
         for k in by_kind(data)
     ]
     text = markdown_table(("kind", "blocks", "weights", "removed", "sparsity"), rows)

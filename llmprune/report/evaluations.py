@@ -26,6 +26,8 @@ def measured(data: Mapping[str, Any], later: Mapping[str, Any]) -> list[Measured
     """Return what report.json and evaluations.json hold, given as data, in order."""
     quality = data.get("perplexity")
     found = [_tokens(quality["pruned"], dense=quality["dense"]["value"])] if quality else []
+    if rolling := data.get("rolling"):
+        found += _rolling(rolling["pruned"], dense=rolling["dense"])
     found += [_tokens(entry) for entry in later.get("perplexity", ())]
     for entry in later.get("rolling", ()):
         found += _rolling(entry)
@@ -74,14 +76,17 @@ def _unusual(entry: Mapping[str, Any]) -> str:
     return "" if dtype == "float32" else f", {dtype}"
 
 
-def _rolling(entry: Mapping[str, Any]) -> Iterator[Measured]:
+def _rolling(
+    entry: Mapping[str, Any], dense: Mapping[str, Any] | None = None
+) -> Iterator[Measured]:
     """Yield what a whole text measured by word and by byte says."""
     data = str(entry["data"])
     protocol = f"every token once, windows of {entry['seq_len']} tokens after `{entry['prefix']}`"
     protocol += _unusual(entry)
     for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         what = f"{metric.replace('_', ' ')} of {data}"
-        yield Measured(what, metric, data, protocol, entry[metric])
+        beside = None if dense is None else dense[metric]
+        yield Measured(what, metric, data, protocol, entry[metric], beside)
 
 
 def _tasks(entry: Mapping[str, Any]) -> Iterator[Measured]:

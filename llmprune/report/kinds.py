@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from llmprune.arch.anatomy import split_index
+from llmprune.base.text import ranges
 
 
 class Kind(NamedTuple):
@@ -16,6 +17,11 @@ class Kind(NamedTuple):
     num_sites: int
     weights: int
     removed: int
+
+    @property
+    def where(self) -> str:
+        """Return the blocks as ranges; of what lies in no block alone, all."""
+        return "all" if self.blocks == [-1] else ranges(self.blocks)
 
     @property
     def sparsity(self) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmprune.base.markup import html_facts, html_folded, html_table
-from llmprune.base.text import ranges
 from llmprune.report.coverage import coverage_rows
 from llmprune.report.kinds import by_kind
 from llmprune.report.tables import report_lines
@@ -15,7 +14,7 @@ from llmprune.report.tables import report_lines
 def report_html(data: Mapping[str, Any]) -> str:
     """Return the final table of a run, then sparsity by kind, blocks and experts folded away."""
     kinds = [
-        (kind.name, ranges(kind.blocks), f"{kind.weights:,}", f"{kind.sparsity:.4f}")
+        (kind.name, kind.where, f"{kind.weights:,}", f"{kind.sparsity:.4f}")
         for kind in by_kind(data)
     ]
     blocks = [

@@ -11,6 +11,7 @@ from llmprune import __version__
 from llmprune.base.errors import CheckpointError
 from llmprune.base.memory import anonymous_bytes
 from llmprune.checkpoint.source import read_json
+from llmprune.engine.reckoning import sizes_of_result, target_reached
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -133,6 +134,7 @@ def report_data(
         "pattern": plan.prune.pattern,
         "allocation": plan.allocation,
         "verdict": plan.verdict and dict(plan.verdict),
+        "facts": dict(plan.facts),
         "target": plan.target and dict(plan.target),
         "solver": plan.method.solver,
         "refine": plan.method.refine,
@@ -142,6 +144,8 @@ def report_data(
         "tier": shipment.tier if shipment else "E0",
         "tier_reasons": dict(shipment.reasons) if shipment else {},
         "layout": layout_data(shipment) if shipment and shrunk else None,
+        "sizes": sizes_of_result(plan),
+        "reached": target_reached(plan),
         "sparsity": removed / plan.eligible,
         "sparsity_asked": plan.prune.sparsity,
         "sparsity_of_all": removed / plan.num_params,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmprune.base.text import ranges
+from llmprune.engine.reckoning import target_text
 
 
 def stages_line(data: Mapping[str, Any]) -> str:
@@ -64,10 +65,11 @@ def repair_line(data: Mapping[str, Any]) -> str:
 
 
 def verdict_line(data: Mapping[str, Any]) -> str:
-    """Return what an allocation and equal shares did, where they were compared."""
+    """Return what an allocation and equal shares did, where they were compared, or what it says of
+    itself."""
     verdict = data.get("verdict")
     if not verdict:
-        return ""
+        return ", ".join(f"{name} {value:.4g}" for name, value in data.get("facts", {}).items())
     scores = ", ".join(f"{value:.4g} {name}" for name, value in verdict["kl"].items())
     used = verdict["allocation"] if verdict["adopted"] else "uniform"
     apart = f"{_some(verdict['sequences'], 'sequence')} set apart"
@@ -76,6 +78,8 @@ def verdict_line(data: Mapping[str, Any]) -> str:
 
 def target_line(data: Mapping[str, Any]) -> str:
     """Return how a target was met."""
+    if found := data.get("reached"):
+        return target_text(found)
     target = data.get("target")
     if not target:
         return ""

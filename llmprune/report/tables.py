@@ -34,6 +34,9 @@ def report_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{data['sparsity_of_all']:.5f} of all parameters"
         ),
         "parameters": _parameters(data),
+        "bytes": _bytes(data),
+        "KV cache": _cache(data),
+        "tier": _tier(data),
         "target": target_line(data),
         "allocation": verdict_line(data),
         "stages": stages_line(data),
@@ -41,7 +44,7 @@ def report_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         "repair": repair_line(data),
         "fallbacks": fallback_line(data),
         "error": _error(data),
-        "perplexity": _perplexity(data.get("perplexity")),
+        "perplexity": _perplexity(data.get("perplexity")) or _per_byte(data.get("rolling")),
         "experts": _experts(data),
         "proof": _proof(data.get("gate")),
         "resumed": _resumed(data.get("resumed_after")),
@@ -64,6 +67,32 @@ def _parameters(data: Mapping[str, Any]) -> str:
     return "" if before == after else f"{before:,} before, {after:,} after"
 
 
+def _bytes(data: Mapping[str, Any]) -> str:
+    sizes = data.get("sizes", {}).get("size", {})
+    if sizes.get("after") in (None, sizes.get("before")):
+        return ""
+    return f"{human_bytes(sizes['before'])} of tensors before, {human_bytes(sizes['after'])} after"
+
+
+def _cache(data: Mapping[str, Any]) -> str:
+    """Return what a token leaves in the cache, where tensors have become smaller."""
+    sizes = data.get("sizes", {}).get("kv", {})
+    if "after" not in sizes or data["form"] != "shrunk":
+        return ""
+    if sizes["after"] == sizes["before"]:
+        return f"{sizes['before']:,} values of key and value per token, as before"
+    return f"{sizes['before']:,} values of key and value per token before, {sizes['after']:,} after"
+
+
+def _tier(data: Mapping[str, Any]) -> str:
+    """Return how a shrunk result loads, and why not more simply."""
+    if data["form"] != "shrunk" or "tier" not in data:
+        return ""
+    how = {"E0": "a stock model", "E1": "a stock model, filled up with zeros"}
+    text = f"{data['tier']}, {how.get(data['tier'], 'with code beside the weights')}"
+    return text + "".join(f"; not {k}: {why}" for k, why in data.get("tier_reasons", {}).items())
+
+
 def _error(data: Mapping[str, Any]) -> str:
     errors = [block["error"] for block in data["blocks"] if block["error"] is not None]
     if not errors:
@@ -78,6 +107,19 @@ def _perplexity(quality: Mapping[str, Any] | None) -> str:
     return (
         f"{dense['value']:.3f} dense, {pruned['value']:.3f} pruned ({pruned['num_windows']} "
         f"windows of {pruned['seq_len']} tokens of {pruned['data']}{_unlike_the_papers(pruned)})"
+    )
+
+
+def _per_byte(quality: Mapping[str, Any] | None) -> str:
+    """Return what compares models that read a text in unequal tokens."""
+    if not quality:
+        return ""
+    dense, pruned = quality["dense"], quality["pruned"]
+    return (
+        f"per byte {dense['byte_perplexity']:.4f} dense, {pruned['byte_perplexity']:.4f} pruned "
+        f"({pruned['num_bytes']:,} bytes of {pruned['data']}, "
+        f"{dense['num_tokens']:,} tokens dense, "
+        f"{pruned['num_tokens']:,} pruned, whose perplexities per token do not compare)"
     )
 
 

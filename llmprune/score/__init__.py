@@ -14,9 +14,11 @@ from llmprune.score.gradient import (
     regional,
     taylor,
 )
+from llmprune.score.learned import gate
 from llmprune.score.magnitude import absolute
 from llmprune.score.members import UnitScore
 from llmprune.score.noise import uniform_noise
+from llmprune.score.routing import ean, frequency, reap, weighted_ean
 from llmprune.score.similarity import angle, influence
 from llmprune.score.types import Score
 from llmprune.score.unit_activation import GAMMA, cfsp, mean_magnitude
@@ -35,6 +37,7 @@ from llmprune.score.variance import (
     weighted_fluctuation,
     weighted_norm,
 )
+from llmprune.score.whole import WholeScore
 
 SCORES: Registry[Score] = Registry(
     "score",
@@ -140,6 +143,13 @@ UNIT_SCORES: Registry[UnitScore] = Registry(
             paper="Men et al., 2024: ShortGPT: Layers in Large Language Models are More Redundant "
             "Than You Expect",
         ),
+        "gate": UnitScore(
+            fn=gate,
+            needs=(),
+            trained=True,
+            options={"steps": 48},
+            paper="Zhang et al., 2025: EcoDiff: Low-Cost Pruning of Diffusion Models",
+        ),
         "angle": UnitScore(
             fn=angle,
             needs=("residual",),
@@ -220,11 +230,69 @@ UNIT_SCORES: Registry[UnitScore] = Registry(
             "Framework, Any Time",
             options={"damping": DAMPING},
         ),
+        "reap": UnitScore(
+            fn=reap,
+            needs=("route_norm", "used_norm", "route_count"),
+            paper="Lasby et al., 2026: REAP the Experts: Why Pruning Prevails for One-Shot MoE "
+            "Compression",
+            options={"renormalise": 1},
+        ),
+        "frequency": UnitScore(
+            fn=frequency,
+            needs=("route_count",),
+            paper="Muzio et al., 2024: SEER-MoE: Sparse Expert Efficiency through Regularization "
+            "for Mixture-of-Experts",
+        ),
+        "ean": UnitScore(
+            fn=ean,
+            needs=("out_norm", "route_count"),
+            paper="Jaiswal et al., 2025: Finding Fantastic Experts in MoEs: A Unified Study for "
+            "Expert Dropping Strategies and Observations",
+        ),
+        "weighted-ean": UnitScore(
+            fn=weighted_ean,
+            needs=("route_norm",),
+            paper="Lasby et al., 2026: REAP the Experts: Why Pruning Prevails for One-Shot MoE "
+            "Compression",
+        ),
         "dimap-units": UnitScore(
             fn=relative_magnitude,
             needs=(),
             paper="He & Zhou, 2024: Data-independent Module-Aware Pruning for Hierarchical Vision "
             "Transformers",
+        ),
+    },
+)
+
+WHOLE_SCORES: Registry[WholeScore] = Registry(
+    "score",
+    {
+        "principal-axes": WholeScore(
+            kind="hidden",
+            needs=("residual_gram",),
+            flows=True,
+            rotates=True,
+            says="weights that stay are turned onto the axes that are kept",
+            paper="Ashkboos et al., 2024: SliceGPT: Compress Large Language Models by Deleting "
+            "Rows and Columns",
+        ),
+        "channel-activity": WholeScore(
+            kind="hidden",
+            needs=("norm_activity",),
+            flows=True,
+            rotates=False,
+            says="weights that stay are not changed, but for the scale of norms",
+            paper="Muralidharan et al., 2024: Compact Language Models via Pruning and Knowledge "
+            "Distillation",
+        ),
+        "token-counts": WholeScore(
+            kind="vocabulary",
+            needs=("token_counts",),
+            flows=False,
+            rotates=False,
+            says="weights that stay are not changed",
+            paper="Yang et al., 2022: TextPruner: A Model Pruning Toolkit for Pre-Trained Language "
+            "Models",
         ),
     },
 )

@@ -83,13 +83,15 @@ class UnitScore:
 
     `fn(members, num_units, **options)` returns unit_score_U, float32 or wider, higher = keep, and
     changes no argument. `needs` names what it reads of the members' statistics: of the one that
-    reads the units or, with `everywhere`, of all.
+    reads the units or, with `everywhere`, of all. `trained` says that it reads gates, the statistic
+    `gate` of the reader, which are learnt before the first cut.
     """
 
     fn: Callable[..., Tensor]
     needs: tuple[str, ...]
     paper: str
     everywhere: bool = False
+    trained: bool = False
     options: Mapping[str, float] = field(default_factory=dict)
 
     @property

@@ -12,6 +12,7 @@ from llmprune.stats.gradients import (
 from llmprune.stats.gram import GramMatrix
 from llmprune.stats.moments import ColumnMagnitudes, ColumnMeans, ColumnSquares, ColumnVariances
 from llmprune.stats.residual import ResidualSums
+from llmprune.stats.routing import ROUTING, RoutingSums
 from llmprune.stats.types import Statistic
 
 STATISTICS: Registry[Statistic] = Registry(
@@ -32,6 +33,10 @@ STATISTICS: Registry[Statistic] = Registry(
             accumulator=gradient_squares, observe="backward", shape="(O, I)", itemsize=4
         ),
         "residual": Statistic(accumulator=ResidualSums, observe="residual", shape="(4,)"),
+        **{
+            name: Statistic(accumulator=RoutingSums, observe="routing", shape="(E,)")
+            for name in ROUTING
+        },
         "region_sq": Statistic(
             accumulator=region_squares, observe="block_gradient", shape="(O, I)", itemsize=4
         ),

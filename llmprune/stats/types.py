@@ -60,12 +60,12 @@ class Statistic:
     """One row of the table of statistics: who collects it, where it is seen, how it is shaped.
 
     At a "tap" the accumulator is given activations (..., I), of a "residual" what a block reads and
-    returns, of "routing" what experts are given. Of gradients it is given those of one
-    sequence, grad_OI by linear: of the model's loss ("backward", before the first cut), or of the
-    norm of the block's own output ("block_gradient").
+    returns, of "routing" (it is made for E experts) which tokens an expert gets and what it
+    answers. Of gradients it is given those of one sequence, grad_OI by linear: of the model's loss
+    ("backward", before the first cut), or of the norm of the block's own output ("block_gradient").
     """
 
-    accumulator: Callable[[], Any]
+    accumulator: Callable[..., Any]
     observe: Literal["tap", "residual", "routing", "block_gradient", "backward"]
     shape: str
     itemsize: int = 8

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmprune.arch.anatomy import Anatomy
+from llmprune.arch.experts import NUMBERED
 from llmprune.arch.types import Coupling, Family
 from llmprune.base.errors import NumericalError
 from llmprune.checkpoint.shrink import Kept, axes_of, take
+from llmprune.checkpoint.shrink_experts import without_units
 from llmprune.checkpoint.skeleton import fill
 
 if TYPE_CHECKING:
@@ -92,18 +94,31 @@ class Block:
         """Keep only some units (indices) of couplings; return the parameters that changed.
 
         Rows, columns and biases are cut out and, where `widths` names the coupling, filled up with
-        zeros.
+        zeros. Buffers that have an entry per expert are cut as well.
         """
-        params = {name: value.data for name, value in self.module.named_parameters()}
+        before = self.values()
+        params = without_units(before, kept, self.anatomy.linears)
         shapes = {name: tuple(value.shape) for name, value in params.items()}
-        axes = axes_of(kept, self.anatomy.linears, shapes, widths)
-        for (param, axis), index_N in axes.items():
+        for (param, axis), index_N in axes_of(kept, self.anatomy.linears, shapes, widths).items():
             params[param] = take(params[param], axis, index_N)
-        changed = {param for param, _ in axes}
+        changed = {name for name, value in params.items() if value is not before.get(name)}
         fill(self.module, {param: params[param] for param in changed})
         if self.resident:
             self._resize(kept)
+            self._drop_experts(before.keys() - params.keys())
         return changed
+
+    def values(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers of the block by name."""
+        params = {name: value.data for name, value in self.module.named_parameters()}
+        return params | dict(self.module.named_buffers())
+
+    def _drop_experts(self, names: Iterable[str]) -> None:
+        """Take experts that are modules in a list, and whose parameters these are, off its end."""
+        found = [match for name in names if (match := NUMBERED.match(name))]
+        for home in {match[1] for match in found}:
+            kept = min(int(match[2]) for match in found if match[1] == home)
+            del self.module.get_submodule(home)[kept:]
 
     def _resize(self, kept: Kept) -> None:
         """Let modules know how many units they have."""
@@ -145,6 +160,8 @@ class Block:
         bias_O = bias_O.to(weight)
         if name in dict(self.module.named_parameters()):
             self.module.get_parameter(name).data += bias_O
+        elif self.resident:
+            add_bias(self.module, name, bias_O)
         else:
             self.added[name] = bias_O
         return name
@@ -168,6 +185,16 @@ class Block:
         spans = [span for span in coupling.spans if not (written_only and span.axis == "in")]
         moved = replace(coupling, spans=tuple(spans), module_sizes=())
         return self.shrink([(moved, order_U)])
+
+
+def add_bias(module: Any, name: str, bias_O: Tensor) -> None:
+    """Give a linear that has none a bias."""
+    import torch
+
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(
+        bias_O.clone(), requires_grad=False
+    )
 
 
 class Blocks(Protocol):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmprune.arch.anatomy import Anatomy, anatomy_of
+from llmprune.arch.limits import EXPERTS
 from llmprune.arch.probe import find_family
 from llmprune.arch.types import Family
 from llmprune.base.errors import UnsupportedModel
-from llmprune.checkpoint.skeleton import check_blocks, use_eager_experts
-from llmprune.walk.block import Block
+from llmprune.checkpoint.skeleton import Skeleton, check_blocks, use_eager_experts
+from llmprune.walk.block import Block, add_bias
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,15 @@ class Resident:
         """Tell whether the result has nothing of a block."""
         return index in self.gone
 
+    def complete_biases(self, skeleton: Skeleton) -> None:
+        """Give linears the biases, of zeros, that the result's config asks for beside new ones."""
+        for index, block in enumerate(self.modules):
+            held = dict(block.named_parameters())
+            for name, shape in skeleton.shapes(index).items():
+                if name not in held and name.endswith(".bias"):
+                    weight = held[name.removesuffix("bias") + "weight"]
+                    add_bias(block, name, weight.new_zeros(shape))
+
     def drop_blocks(self) -> None:
         """Take the blocks that are gone out of the model, and number the others anew."""
         if not self.gone:
@@ -109,6 +119,16 @@ def in_memory(model: Any) -> Iterator[Resident]:
             module.training = training
         if experts is not None and hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation(experts)
+
+
+def set_sizes(model: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Put what changed into a model's config, and into the counts of experts that it holds."""
+    for key, value in after.items():
+        if before.get(key) != value:
+            setattr(model.config, key, value)
+            for name in EXPERTS if key in EXPERTS else ():
+                if name in vars(model):
+                    setattr(model, name, value)
 
 
 def check_resident(model: Any) -> None:

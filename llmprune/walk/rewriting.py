@@ -111,7 +111,7 @@ class Rewriting:
         place = self.places[block.index]
         prefix = self.result.skeleton.prefix(place)
         shard: dict[str, Tensor] = {}
-        for name in sorted(self.result.skeleton.shapes(place)):
+        for name in _stored_names(self.source, self.result.skeleton, block.index, place):
             origin = block.prefix + name
             if name in touched or not self._copies(origin, prefix + name):
                 value = self._value(block, name)
@@ -139,18 +139,27 @@ class Rewriting:
 
         if name in block.added:
             return block.added[name]
-        if name in dict(block.module.named_parameters()):
-            found: Tensor = block.module.get_parameter(name).data
+        if (found := block.values().get(name)) is not None:
             return found
         shape = self.result.skeleton.shapes(self.places[block.index])[name]
         return torch.zeros(shape)
+
+    def added(self) -> set[str]:
+        """Return the tensors of the result that the source has no counterpart of."""
+        found: set[str] = set()
+        for index, place in self.places.items():
+            before, after = self.source.skeleton.prefix(index), self.result.skeleton.prefix(place)
+            for name in self.result.skeleton.shapes(place):
+                if not self.source.naming.disk_names_of([before + name]):
+                    found |= self.result.naming.disk_names_of([after + name])
+        return found
 
     def lost(self) -> list[str]:
         """Return the tensors of the source that the result has no counterpart of, sorted."""
         kept: set[str] = set()
         for index, place in self.places.items():
             before, after = self.source.skeleton.prefix(index), self.result.skeleton.prefix(place)
-            for name in self.result.skeleton.shapes(place):
+            for name in _stored_names(self.source, self.result.skeleton, index, place):
                 stored = self.source.naming.disk_names_of([before + name])
                 written = self.result.naming.disk_names_of([after + name])
                 if len(stored) == len(written):
@@ -221,7 +230,7 @@ def _entries(source: Streamed, skeleton: Skeleton, places: Mapping[int, int]) ->
     }
     for index, place in places.items():
         before, after = source.skeleton.prefix(index), skeleton.prefix(place)
-        for name in skeleton.shapes(place):
+        for name in _stored_names(source, skeleton, index, place):
             origin = before + name if source.naming.disk_names_of([before + name]) else None
             dtype = _stored_dtype(source, before + name)
             named = result_names(source.naming, skeleton.model, after + name, origin)
@@ -229,6 +238,17 @@ def _entries(source: Streamed, skeleton: Skeleton, places: Mapping[int, int]) ->
                 file = shard_name(place, num_blocks)
                 found[disk] = Entry(file=file, dtype=dtype, shape=part)
     return found
+
+
+def _stored_names(source: Streamed, skeleton: Skeleton, index: int, place: int) -> list[str]:
+    """Return what is stored of a block of the result: parameters, and buffers that the source has
+    stored."""
+    before, params = source.skeleton.prefix(index), skeleton.shapes(place)
+    return sorted(
+        name
+        for name in skeleton.stored_shapes(place)
+        if name in params or source.naming.disk_names_of([before + name])
+    )
 
 
 def _stored_dtype(source: Streamed, param: str) -> str:

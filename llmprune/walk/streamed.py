@@ -62,7 +62,7 @@ class Streamed:
         """Read one block and bring it to the device; it is freed at the end."""
         prefix = self.skeleton.prefix(index)
         module = self.skeleton.blocks[index]
-        before = dict(module.named_parameters())
+        before = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         try:
             self._fill(module, self.naming.disk_names(prefix), prefix)
             yield Block(

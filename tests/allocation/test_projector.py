@@ -58,6 +58,27 @@ def attempt(house: dict[str, Any], budget: Fraction) -> dict[str, int]:
 
 
 @given(house=houses(), budget=SHARES)
+def test_legal_counts_of_a_grid_are_the_grid(house: dict[str, Any], budget: Fraction) -> None:
+    assume(house["multiple"])
+    multiple = house["multiple"]
+    legal = {
+        site: sorted({0, *range(units % multiple, units - multiple + 1, multiple)})
+        for site, units in house["units"].items()
+    }
+    expected = attempt(house, budget)
+    assert project(**(house | {"multiple": None}), budget=budget, legal=legal) == expected
+
+
+def test_only_legal_counts_are_taken() -> None:
+    wish = {"shares": {"a": Fraction(0)}, "units": {"a": 8}, "costs": {"a": 1}}
+    legal = {"a": [0, 4, 6, 7]}
+    found = [project(**wish, budget=gone, legal=legal)["a"] for gone in range(8)]
+    assert found == [0, 4, 4, 4, 4, 6, 6, 7]
+    with pytest.raises(RecipeError, match="At most 0.75 can"):
+        project(**wish, budget=7, legal={"a": [0, 4, 6]})
+
+
+@given(house=houses(), budget=SHARES)
 def test_budget_ties_and_multiples_hold(house: dict[str, Any], budget: Fraction) -> None:
     counts = attempt(house, budget)
     assert list(counts) == list(house["units"])

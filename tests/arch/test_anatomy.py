@@ -127,7 +127,12 @@ def test_blocks_of_another_kind_have_the_taps_whose_readers_they_hold() -> None:
         ("self_attn.o_proj",),
         ("mlp.down_proj",),
     ]
-    assert anatomy.couplings == ()
+    spans = {row.name: [span.linear for span in row.spans] for row in anatomy.couplings}
+    assert spans == {  # neither channels nor heads: their other linears are not there
+        "attention": ["self_attn.q_proj", "self_attn.o_proj"],
+        "ffn": ["mlp.down_proj"],
+        "block": ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"],
+    }
 
 
 def test_routers_and_norms_are_no_linears(make_model: MakeModel) -> None:

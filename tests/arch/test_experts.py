@@ -17,19 +17,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmprune.arch.anatomy import Anatomy, anatomy_of, is_router
 from llmprune.arch.couplings import EXPERT_CHANNELS, EXPERTS
 from llmprune.arch.experts import (
-    Mixture,
     check_expert_width,
     check_experts,
-    cut_expert_channels,
-    cut_experts,
     expert_couplings,
     fewest_experts,
     mixture_of,
 )
 from llmprune.arch.miniature import miniature_config
 from llmprune.arch.table import expert_taps, row_of, stacked
-from llmprune.arch.types import Coupling, Family
+from llmprune.arch.types import Coupling, Family, Mixture
 from llmprune.base.errors import WontLoad
+from llmprune.checkpoint.shrink_experts import cut_expert_channels, cut_experts
 
 MakeModel = Callable[..., Any]
 MIXTURES = (
@@ -202,7 +200,7 @@ def test_narrower_experts_compute_as_with_channels_that_are_zero(
 
     def cut(block: Any, twin: Any) -> Mapping[str, Tensor]:
         anatomy, couplings, _ = look(model, block)
-        channels = [one for one in couplings if one.name == EXPERT_CHANNELS]
+        channels = [one for one in couplings if one.kind == EXPERT_CHANNELS]
         if not channels and key == "intermediate_size":  # a dense FFN, which the entry counts too
             return dense(block, twin)
         if not channels:
@@ -265,7 +263,7 @@ def test_a_unit_of_two_shared_experts_is_two_channels(
     model = wide_model(make_model, "deepseek_v3", n_shared_experts=2)
     block = blocks_of(model)[1]
     anatomy, couplings, _ = look(model, block)
-    channels = [one for one in couplings if one.name == EXPERT_CHANNELS]
+    channels = [one for one in couplings if one.kind == EXPERT_CHANNELS]
     assert [(one.num_units, one.spans[-1].width) for one in channels] == [(24, 1)] * 4 + [(24, 2)]
     kept_K = torch.arange(1, 24)
 
@@ -353,7 +351,7 @@ def test_a_tensor_that_may_belong_to_experts_is_not_left_behind(make_model: Make
     cut = cut_experts(params | tables, couplings[0], torch.tensor([1, 2]), anatomy.linears)
     assert cut["mlp.expert_bias"].tolist() == [1, 2]
     with pytest.raises(ValueError, match="may have an entry for each of 64 channels"):
-        channels = [one for one in couplings if one.name == EXPERT_CHANNELS]
+        channels = [one for one in couplings if one.kind == EXPERT_CHANNELS]
         odd = params | {"mlp.experts.inner_scale": torch.ones(4, 64)}
         cut_expert_channels(odd, channels, [torch.arange(3)] * 4, anatomy.linears)
 
@@ -362,7 +360,7 @@ def test_experts_of_one_stack_stay_equally_wide(make_model: MakeModel) -> None:
     model = make_model("mixtral")
     block = blocks_of(model)[0]
     anatomy, couplings, _ = look(model, block)
-    channels = [one for one in couplings if one.name == EXPERT_CHANNELS]
+    channels = [one for one in couplings if one.kind == EXPERT_CHANNELS]
     kept = [torch.arange(3), torch.arange(4), torch.arange(3), torch.arange(3)]
     with pytest.raises(ValueError, match=r"\[3, 4\] channels would be left"):
         cut_expert_channels(params_of(block), channels, kept, anatomy.linears)
@@ -383,7 +381,7 @@ def test_experts_in_a_list_are_numbered_anew() -> None:
         num_experts=3, count_key="num_experts", active=1, widths=(("moe_intermediate_size", 5),)
     )
     couplings, lacks = expert_couplings(mixture, anatomy.linears, shapes, ["moe.gate.weight"])
-    assert not lacks and [row.name for row in couplings] == [EXPERTS, *[EXPERT_CHANNELS] * 3]
+    assert not lacks and [row.kind for row in couplings] == [EXPERTS, *[EXPERT_CHANNELS] * 3]
     cut = cut_experts(params, couplings[0], torch.tensor([0, 2]), anatomy.linears)
     assert len(cut) == len(params) - 4
     assert torch.equal(cut["moe.gate.weight"], params["moe.gate.weight"][[0, 2]])

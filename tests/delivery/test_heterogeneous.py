@@ -232,6 +232,16 @@ def test_generation_is_the_same_with_and_without_a_cache(
         assert torch.equal(static, expected)
 
 
+def test_every_block_counts_the_tokens_so_that_a_cache_can_be_cropped(
+    result: Made, tokens: Tensor
+) -> None:
+    with torch.no_grad():
+        cache = load(result[0])(tokens[:, :5], use_cache=True).past_key_values
+    assert [cache.get_seq_length(index) for index in range(4)] == [5, 5, 5, 5]
+    cache.crop(-2)
+    assert [cache.get_seq_length(index) for index in range(4)] == [3, 3, 3, 3]
+
+
 def test_a_result_refuses_to_load_without_trust(make: Callable[[str], Made]) -> None:
     code = """
 import sys
@@ -469,6 +479,23 @@ def test_a_tier_says_what_does_not_fit(
     else:
         config = config_of(model_type).to_diff_dict()
     assert reason in str(why_not(config, layout_of(*blocks), tier))
+
+
+def test_families_with_code_of_their_own_are_delivered_uniform() -> None:
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    narrow, unequal = layout_of(*[({F: 40}, ())] * 2), layout_of(({F: 40}, ()), ({F: 48}, ()))
+    assert lowest_tier(config, narrow) == ("E0", [])
+    assert why_not(config, unequal, "E0") == "blocks differ in intermediate_size"
+    with pytest.raises(WontLoad, match="E3: own is no causal language model of transformers"):
+        lowest_tier(config, unequal)
+
+
+def test_blocks_that_differ_already_are_not_cut_again() -> None:
+    stock = config_of("llama", **{F: 768}).to_diff_dict()
+    for tier in ("E2", "E3"):
+        result, _ = heterogeneous_config(stock, PORTABLE, tier)
+        assert "differ before anything is pruned" in str(why_not(result, PORTABLE, "E3"))
+        assert why_not(result, layout_of(*[({}, ())] * 4), "E0") is None  # nothing is cut
 
 
 @pytest.mark.parametrize(

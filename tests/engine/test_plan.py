@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llmprune import api
-from llmprune.base.errors import RecipeError, TooLarge, UnknownName
+from llmprune.base.errors import RecipeError, TooLarge, UnknownName, WontLoad
 from llmprune.checkpoint.source import Source
 from llmprune.engine.cost import ACTIVATIONS, DEVICE_TOKENS, Shape, micro_batch
 from llmprune.engine.plan import Plan
@@ -144,15 +144,21 @@ def test_more_than_the_ffn_holds_is_refused(make: MakePlan, sparsity: float) -> 
         make(pattern="ffn-channels", sparsity=sparsity)
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "mixtral"])
-def test_a_family_without_the_coupling_is_refused(make: MakePlan, model_type: str) -> None:
-    with pytest.raises(RecipeError, match="no 'ffn' coupling"):
-        make(model_type, pattern="ffn-channels", sparsity=0.25)
+def test_a_family_without_the_units_is_refused_with_what_it_has(make: MakePlan) -> None:
+    says = "mixtral model has no ffn-channels .*: heads, .*blocks, .*expert-channels"
+    with pytest.raises(RecipeError, match=says):
+        make("mixtral", pattern="ffn-channels", sparsity=0.25)
 
 
-def test_channels_cannot_skip_one_block(make: MakePlan) -> None:
+def test_a_family_whose_config_counts_no_channels_is_refused(make: MakePlan) -> None:
+    with pytest.raises(WontLoad, match=r"would be \[80, 32\], .* \[128, 32\]: .*form=masked"):
+        make("bloom", pattern="ffn-channels", sparsity=0.25)
+
+
+def test_a_part_of_a_unit_cannot_be_skipped(make: MakePlan) -> None:
     settings = ["prune.skip=['model.layers.0.mlp.*']"]
-    with pytest.raises(RecipeError, match="same intermediate_size in every block"):
+    says = r"leaves model\.layers\.0\.mlp\.gate_proj out, but it is part of the units"
+    with pytest.raises(RecipeError, match=says):
         make(pattern="ffn-channels", sparsity=0.2, settings=settings)
 
 
@@ -332,10 +338,12 @@ REFUSED = {
     "N:M globally": ({"method": "magnitude-global", "pattern": "2:4"}, "2:4 fixes .*--method mag"),
     "N:M by hand": ({"pattern": "2:4", "settings": ["prune.sparsities={'*': 0.5}"]}, "2:4 fixes"),
     "channels globally": (
-        {"method": "lamp", "pattern": "ffn-channels"}, "lamp ranks single weights, but ffn-ch",
+        {"method": "lamp", "pattern": "ffn-channels"},
+        "lamp gives single weights .* ffn-channels removes whole units.*uniform",
     ),
     "channels by hand": (
-        {"pattern": "ffn-channels", "settings": ["prune.sparsities={'*': 0.5}"]}, "equally many",
+        {"pattern": "ffn-channels", "settings": ["prune.sparsities={'*': 0.5}"]},
+        "manual gives single weights .* ffn-channels removes whole units",
     ),
     "channels by ria": ({"method": "ria", "pattern": "ffn-channels"}, "no rule for ffn-channels"),
     "a floor without a ranking": (

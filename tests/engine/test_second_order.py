@@ -470,7 +470,7 @@ def test_a_permuted_block_computes_the_same(
 ) -> None:
     blocks = streamed(pico(model_type))
     with blocks.open(0) as block, torch.no_grad():
-        (coupling,) = block.anatomy.couplings
+        coupling = block.anatomy.coupling("ffn-channels")
         hidden = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
         ffn = block.module.mlp
         expected = ffn(hidden)

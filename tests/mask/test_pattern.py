@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from llmprune.base.errors import RecipeError, UnknownName
 from llmprune.mask.pattern import (
-    Channels,
     NofM,
     Tiles,
+    Units,
     Unstructured,
     choose_keep,
     fill_tiles,
@@ -31,7 +31,7 @@ T2_MAGNITUDE = torch.tensor([[3.0, 1.0, 2.0, 0.5], [0.2, 0.1, 4.0, 1.0]])
 
 def test_names_and_their_sparsity() -> None:
     assert parse_pattern("unstructured") == Unstructured()
-    assert parse_pattern("ffn-channels") == Channels(coupling="ffn")
+    assert parse_pattern("ffn-channels") == Units(kinds=("ffn-channels",))
     assert parse_pattern("2:4") == NofM(n=2, m=4)
     assert parse_pattern("5:8").sparsity == Fraction(3, 8)
     assert parse_pattern("16x32") == Tiles(height=16, width=32)

@@ -9,10 +9,11 @@ import pytest
 from llmprune.allocation import ALLOCATIONS
 from llmprune.base.errors import UnknownName
 from llmprune.catalog import METHODS
-from llmprune.catalog.types import PATTERNS, PruneStep
+from llmprune.catalog.types import PATTERNS, WEIGHTS
+from llmprune.recipe.models import PruneStep
 from llmprune.repair import REPAIRS
-from llmprune.score import SCORES
-from llmprune.solver import REFINEMENTS, SOLVERS
+from llmprune.score import SCORES, UNIT_SCORES, WHOLE_SCORES
+from llmprune.solver import COMPENSATIONS, REFINEMENTS, SOLVERS
 
 
 def test_each_row_is_listed_under_its_own_name() -> None:
@@ -34,8 +35,10 @@ def test_each_row_can_be_asked_for_and_cites_its_paper(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_each_row_names_parts_that_there_are(name: str) -> None:
     method = METHODS[name]
-    assert method.score in SCORES
-    assert method.solver in SOLVERS
+    assert (method.score in SCORES) + (method.score in UNIT_SCORES | WHOLE_SCORES) == 1
+    whole_units = not set(method.patterns) & set(WEIGHTS)
+    assert method.solver in ({*SOLVERS, *COMPENSATIONS} if whole_units else SOLVERS)
+    assert {*method.pattern.split("+")} <= {*method.patterns, "sublayers"}
     assert method.allocation in ALLOCATIONS
     assert method.refine is None or method.refine in REFINEMENTS
     assert method.repair is None or method.repair in REPAIRS
@@ -43,7 +46,10 @@ def test_each_row_names_parts_that_there_are(name: str) -> None:
 
 def test_no_two_rows_are_the_same_method() -> None:
     parts = [
-        (row.score, row.allocation, row.solver, row.group, row.pool, row.refine, row.repair)
+        (
+            *(row.score, row.allocation, row.solver, row.group, row.pool, row.refine, row.repair),
+            *(row.pattern, row.reduce, row.propagate),
+        )
         for row in METHODS.values()
     ]
     assert len(set(parts)) == len(parts)

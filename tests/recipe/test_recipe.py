@@ -13,7 +13,7 @@ from llmprune.base.errors import RecipeError, UnknownName
 from llmprune.catalog import METHODS
 from llmprune.recipe import Recipe, build, default_steps, differences, override, read_recipe
 from llmprune.repair import REPAIRS
-from llmprune.solver import REFINEMENTS, SOLVERS
+from llmprune.solver import COMPENSATIONS, REFINEMENTS, SOLVERS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -34,7 +34,7 @@ def test_every_config_is_a_recipe_that_round_trips(path: Path, tmp_path: Path) -
 
 def test_the_configs_are_there() -> None:
     names = {path.stem for path in CONFIGS}
-    assert names >= {"wanda-50", "wanda-2of4", "magnitude-50", "ffn-channels-25"}
+    assert names >= {"wanda-50", "wanda-2of4", "magnitude-50", "compact-25", "finercut-25"}
 
 
 def keys_of_a_recipe() -> dict[str, list[str]]:
@@ -89,7 +89,7 @@ def test_the_configs_name_parts_that_there_are(path: Path) -> None:
     tables: dict[str, dict[str, Any]] = {
         "method": METHODS,
         "allocation": ALLOCATIONS,
-        "solver": SOLVERS,
+        "solver": {**SOLVERS, **COMPENSATIONS},
         "refine": REFINEMENTS,
         "repair": REPAIRS,
     }
@@ -132,9 +132,19 @@ def test_a_malformed_prune_step_is_explained(prune: dict[str, Any], message: str
         build(wish(**prune))
 
 
-@pytest.mark.parametrize("pattern", ["N:M", "HxW", "diagonal"])
+@pytest.mark.parametrize("pattern", ["N:M", "HxW", "diagonal", "heads+diagonal"])
 def test_an_unknown_pattern_is_an_unknown_name(pattern: str) -> None:
-    with pytest.raises(UnknownName, match=rf"prune\.pattern: '{pattern}' .*ffn-channels, N:M"):
+    says = rf"prune\.pattern: '{re.escape(pattern)}' is no pattern\. There are: .*N:M.*, heads, "
+    with pytest.raises(UnknownName, match=says):
+        build(wish(pattern=pattern, sparsity=0.5))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "meant"),
+    [("unstructurd", "unstructured"), ("ffn_channels", "ffn-channels"), ("blocks+head", "heads")],
+)
+def test_an_unknown_pattern_gets_its_near_match(pattern: str, meant: str) -> None:
+    with pytest.raises(UnknownName, match=f"is no pattern. Did you mean '{meant}'"):
         build(wish(pattern=pattern, sparsity=0.5))
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from llmprune import cli
 
@@ -53,6 +53,30 @@ def small_llama(folder: Path, tokenizer: Any, *, dtype: torch.dtype = torch.bflo
 def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A sharded bfloat16 llama of four blocks; never write into it."""
     return small_llama(tmp_path_factory.mktemp("source") / "llama", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A Mixtral of two blocks with 32 small experts each; never write into it."""
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=32,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(config)
+    folder = tmp_path_factory.mktemp("source") / "mixtral"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
+from eval.methods_page.page import page
+from eval.methods_page.parts import BLOCKS, LINEARS
+from eval.methods_page.results import results
+from eval.methods_page.units import DEMO_HEADS, TIERS, UNITS
 from llmprune.allocation import ALLOCATIONS
+from llmprune.arch.couplings import heads_of
 from llmprune.catalog import METHODS
+from llmprune.catalog.types import UNITS as KINDS
+from llmprune.delivery.heterogeneous import TIERS as KNOWN_TIERS
 from llmprune.recipe.effort import stages
 from llmprune.repair import REPAIRS
-from llmprune.score import SCORES
-from llmprune.solver import REFINEMENTS, SOLVERS
+from llmprune.score import SCORES, UNIT_SCORES, WHOLE_SCORES
+from llmprune.solver import COMPENSATIONS, REFINEMENTS, SOLVERS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def made() -> dict[str, Any]:
-    """The names of the generator."""
-    return runpy.run_path(str(ROOT / "eval" / "make_methods_page.py"))
+def part_lines(title: str) -> str:
+    """Return what stands under a heading."""
+    return PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def part_of_page(title: str) -> str:
     """Return what stands under a heading, on one line."""
-    return " ".join(PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0].split())
+    return " ".join(part_lines(title).split())
 
 
-def test_the_committed_page_is_the_generated_one(made: dict[str, Any]) -> None:
-    assert made["page"]() == PAGE, "run `make docs`"
+def test_the_committed_page_is_the_generated_one() -> None:
+    assert page() == PAGE, "run `make docs`"
 
 
 def test_the_page_has_a_section_for_every_method() -> None:
@@ -56,7 +62,10 @@ def test_every_link_within_the_page_has_a_heading() -> None:
 @pytest.mark.parametrize(
     ("title", "table"),
     [
-        ("Allocations", ALLOCATIONS),
+        ("Allocations", {name: row for name, row in ALLOCATIONS.items() if not row.units}),
+        ("Unit allocations", {name: row for name, row in ALLOCATIONS.items() if row.units}),
+        ("Unit scores", UNIT_SCORES),
+        ("Compensations", COMPENSATIONS),
         ("Refinements", REFINEMENTS),
         ("Solvers", SOLVERS),
         ("Repairs", REPAIRS),
@@ -65,7 +74,7 @@ def test_every_link_within_the_page_has_a_heading() -> None:
 def test_every_part_is_described_with_its_numbers(title: str, table: dict[str, Any]) -> None:
     text = part_of_page(title)
     for name, row in table.items():
-        assert f"- `{name}`: " in text
+        assert f"- `{name}`: " in text, name
         for option, value in getattr(row, "options", {}).items():
             assert f"`{option}` {value:g}" in text
 
@@ -73,7 +82,8 @@ def test_every_part_is_described_with_its_numbers(title: str, table: dict[str, A
 def test_a_method_names_the_options_of_its_score_and_its_repair() -> None:
     for method in METHODS.values():
         repair = REPAIRS[method.repair].options if method.repair else {}
-        for option, value in {**SCORES[method.score].options, **repair}.items():
+        score = {**SCORES, **UNIT_SCORES, **WHOLE_SCORES}[method.score].options
+        for option, value in {**score, **repair}.items():
             assert f"`{option}` {value:g}" in part_of_page(method.title)
 
 
@@ -88,17 +98,33 @@ def test_the_dial_shows_what_an_effort_stands_for(effort: str) -> None:
         assert all(f"`{key}: " in cells[column] for key in keys)
 
 
-def test_costs_are_those_of_the_demo(made: dict[str, Any]) -> None:
-    config = json.loads((ROOT / "llmprune/demo/model/config.json").read_text(encoding="utf-8"))
-    linears = made["LINEARS"]
-    assert made["BLOCKS"] == config["num_hidden_layers"]
-    assert linears["mlp.up_proj"] == (config["intermediate_size"], config["hidden_size"])
-    head = config["hidden_size"] // config["num_attention_heads"]
-    assert linears["self_attn.k_proj"][0] == head * config["num_key_value_heads"]
+def test_costs_are_those_of_the_demo() -> None:
+    config = LlamaConfig.from_pretrained(ROOT / "llmprune/demo/model")
+    assert config.num_hidden_layers == BLOCKS
+    assert LINEARS["mlp.up_proj"] == (config.intermediate_size, config.hidden_size)
+    assert LINEARS["self_attn.k_proj"][0] == DEMO_HEADS.head_dim * DEMO_HEADS.num_groups
+    assert heads_of(config) == DEMO_HEADS
+
+
+def test_every_kind_of_unit_has_a_line_with_its_weights() -> None:
+    assert set(UNITS) == set(KINDS)
+    lines = re.findall(r"^\| `([\w-]+)` \|.*\| ([\d,]*) ?\|$", part_lines("Units"), re.MULTILINE)
+    weights = dict(lines)
+    assert set(weights) == set(KINDS)
+    assert weights["ffn-channels"] == "768"  # 3 x 256
+    assert weights["heads"] == "49,152"  # (2 x 2 + 2) x 32 x 256
+    assert weights["query-heads"] == "16,384"  # 2 x 32 x 256
+    assert weights["experts"] == ""  # the demo has none
+
+
+def test_every_tier_says_what_loads_it() -> None:
+    assert [name for name, _ in TIERS] == [*KNOWN_TIERS]
+    lines = re.findall(r"^\| (E\d) \|.*$", part_lines("Tiers"), re.MULTILINE)
+    assert lines == [*KNOWN_TIERS]
 
 
 def test_results_are_a_line_per_method_and_a_column_per_amount(
-    made: dict[str, Any], tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     rows = [
         {"method": "dense", "amount": "50 %", "perplexity": 4},
@@ -107,7 +133,7 @@ def test_results_are_a_line_per_method_and_a_column_per_amount(
         {"method": "best", "amount": "2:4", "perplexity": 5.5},
     ]
     (tmp_path / "demo.json").write_text(json.dumps(rows))
-    lines = made["results"](tmp_path / "demo.json").splitlines()
+    lines = results(tmp_path / "demo.json").splitlines()
     assert lines[0] == "## Results"
     assert lines[-6:] == [
         "| method | set | 50 % | 2:4 |",
@@ -119,8 +145,8 @@ def test_results_are_a_line_per_method_and_a_column_per_amount(
     ]
 
 
-def test_without_results_there_is_no_section(made: dict[str, Any], tmp_path: Path) -> None:
-    assert made["results"](tmp_path / "none.json") == ""
+def test_without_results_there_is_no_section(tmp_path: Path) -> None:
+    assert results(tmp_path / "none.json") == ""
 
 
 @pytest.mark.parametrize(
@@ -134,15 +160,15 @@ def test_without_results_there_is_no_section(made: dict[str, Any], tmp_path: Pat
     ],
 )
 def test_a_row_of_results_that_cannot_be_read_is_named(
-    row: Any, message: str, made: dict[str, Any], tmp_path: Path
+    row: Any, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "demo.json").write_text(json.dumps([row]))
     with pytest.raises(ValueError, match=message):
-        made["results"](tmp_path / "demo.json")
+        results(tmp_path / "demo.json")
 
 
-def test_two_results_of_one_thing_are_refused(made: dict[str, Any], tmp_path: Path) -> None:
+def test_two_results_of_one_thing_are_refused(tmp_path: Path) -> None:
     row = {"method": "wanda", "amount": "50 %", "perplexity": 5}
     (tmp_path / "demo.json").write_text(json.dumps([row, row]))
     with pytest.raises(ValueError, match="second row"):
-        made["results"](tmp_path / "demo.json")
+        results(tmp_path / "demo.json")

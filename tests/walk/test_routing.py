@@ -15,11 +15,12 @@ from llmprune.arch.types import Family
 from llmprune.base.errors import NumericalError, UnsupportedModel
 from llmprune.calibration.hidden import HiddenStates
 from llmprune.calibration.replay import Arguments, call
+from llmprune.stats.routing import ROUTING, RoutingSums
 from llmprune.stats.types import Stats
 from llmprune.walk.block import Block
 from llmprune.walk.forward import Stream, embed
 from llmprune.walk.resident import in_memory
-from llmprune.walk.routing import ROUTING, RoutingSums, observe_routing
+from llmprune.walk.routing import observe_routing
 from tests.reference import routing as reference
 
 MakeModel = Callable[..., Any]

@@ -1,0 +1,17 @@
+"""Scores of units that were trained: a gate between 0 and 1 for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from llmprune.score.members import Member, reader_of
+
+
+def gate(members: Sequence[Member], num_units: int, *, steps: float) -> Tensor:
+    """Return the gates of the units (U,), as they were learnt in so many steps. Reads `gate`.
+
+    Source: Zhang et al., EcoDiff.
+    """
+    return reader_of(members).stats["gate"][:num_units].clone()

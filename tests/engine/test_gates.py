@@ -1,0 +1,146 @@
+"""Learned gates: their gradient is autograd's, and what does nothing is let go of first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmprune
+from llmprune.base.progress import Progress
+from llmprune.engine.gates import Gated, _last_hidden, _penalty, _slopes, learn_gates
+from llmprune.engine.sites import Group, groups_of
+from llmprune.mask.pattern import Units
+from llmprune.walk.resident import Resident, in_memory
+
+UNITS = Units(kinds=("ffn-channels", "heads"))
+
+
+def groups(blocks: Resident) -> list[tuple[Group, ...]]:
+    return [
+        groups_of(UNITS, blocks.anatomy(i), block=i, prefix=f"b{i}.", skip=())
+        for i in range(len(blocks))
+    ]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_the_gradient_of_gates_is_that_of_autograd(
+    make_model: Callable[..., Any], tokens: torch.Tensor, model_type: str
+) -> None:
+    """Against one graph through the whole model, inputs of the readers multiplied by the gates."""
+    model = make_model(model_type).double()
+    draw = torch.Generator().manual_seed(1)
+    tokens = tokens[:2]
+    with in_memory(model) as blocks:
+        here = groups(blocks)
+        gates = {
+            group.sites[0].name: torch.rand(group.sites[0].num_units, generator=draw).double()
+            for each in here
+            for group in each
+        }
+        dense = _last_hidden(blocks, tokens)
+        kl, slopes = _slopes(Gated(blocks=blocks, groups=here, gates=gates), tokens, dense)
+        theirs, expected = by_autograd(model, blocks, here, gates, tokens)
+    assert kl == pytest.approx(theirs, rel=1e-5)
+    for name, slope_U in slopes.items():
+        torch.testing.assert_close(slope_U, expected[name], rtol=1e-4, atol=1e-7)
+
+
+def by_autograd(
+    model: Any,
+    blocks: Resident,
+    here: list[tuple[Group, ...]],
+    gates: dict[str, torch.Tensor],
+    tokens: torch.Tensor,
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return KL and gradients of a stock forward whose readers' inputs are gated by hooks."""
+    own = {name: gate.clone().requires_grad_() for name, gate in gates.items()}
+    with torch.no_grad():
+        log_p = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
+    hooks = []
+    for index, each in enumerate(here):
+        for group in each:
+            assert group.coupling is not None
+            width = group.coupling.spans[-1].width
+            gate_I = own[group.sites[0].name].repeat_interleave(width)
+            module = blocks.modules[index].get_submodule(str(group.coupling.reader))
+            hooks.append(module.register_forward_pre_hook(lambda m, a, g=gate_I: (a[0] * g,)))
+    log_q = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
+    loss = (log_p.exp() * (log_p - log_q)).sum() / tokens.numel()
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return float(loss.detach()), {
+        name: gate.grad for name, gate in own.items() if gate.grad is not None
+    }
+
+
+def test_the_penalty_by_hand() -> None:
+    """Gates 1, 0 | 0.5 of costs 1 | 2: kept (1 + 1) / 4, mean gate 0.5."""
+    gates = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.5])}
+    apart = ((1 - 0.5) + (0 - 0.5) + (0.5 - 0.0)) / 3
+    assert float(_penalty(gates, {"a": 1, "b": 2}, 0.75)) == pytest.approx(
+        50 * 0.25**2 + 0.02 * apart
+    )
+
+
+def test_units_that_do_nothing_are_let_go_of(
+    make_model: Callable[..., Any], tokens: torch.Tensor
+) -> None:
+    model = make_model("llama")
+    dead = [1, 4, 7, 9]
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.down_proj.weight[:, dead] = 0
+    with in_memory(model) as blocks:
+        here = groups(blocks)
+        learnt = learn_gates(blocks, here, tokens, target=0.3, steps=12, progress=Progress("quiet"))
+        gate_U = learnt(0)["mlp.down_proj"]["gate"]
+    alive = torch.ones(len(gate_U), dtype=torch.bool)
+    alive[dead] = False
+    assert float(gate_U[dead].max()) < float(gate_U[alive].mean())
+
+
+def test_a_run_by_learned_gates_is_uniform_where_the_tier_is(
+    pico: Callable[..., Path], tokens: torch.Tensor, tmp_path: Path, quick_gate: None
+) -> None:
+    settings = ["prune.options.steps=3", "prune.tier=E0", "evaluate.perplexity=false"]
+    plan = llmprune.plan(
+        str(pico("llama")),
+        out=str(tmp_path / "out"),
+        method="learned-gates",
+        sparsity=0.3,
+        num_samples=6,
+        seq_len=24,
+        settings=settings,
+    )
+    report = llmprune.run(plan, tokens=tokens, quiet=True)
+    assert report.data["tier"] == "E0"
+    assert report.sparsity == pytest.approx(0.3, abs=0.02)
+
+
+def test_gates_that_were_learnt_are_read_again(
+    make_model: Callable[..., Any], tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    model = make_model("llama")
+    file = tmp_path / "gates.safetensors"
+
+    def learn(steps: int) -> torch.Tensor:
+        with in_memory(model) as blocks:
+            quiet = Progress("quiet")
+            found = learn_gates(
+                *(blocks, groups(blocks), tokens),
+                target=0.3,
+                steps=steps,
+                progress=quiet,
+                file=file,
+            )
+            return found(1)["mlp.down_proj"]["gate"]
+
+    first = learn(2)
+    assert torch.equal(learn(5), first)
+    file.unlink()
+    assert not torch.equal(learn(5), first)
