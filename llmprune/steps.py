@@ -199,7 +199,7 @@ def _carry_out(
             trust_remote_code=plan.recipe.trust_remote_code or bool(code),
             masked=made.masked,
             own_code=bool(code),
-            generate=smaller and plan.dtype == torch.float32,
+            generate=smaller,
         )
         stage.advance("loads in a fresh process")
     if smaller:

@@ -111,8 +111,8 @@ class Profile:
     At the level of a block, fn takes all of its linears together, `{site: Evidence}`, and returns
     `{site: Tensor}`. At the level of a site it takes the scores that the method gives the site's
     units, unit_score_U, and returns as many numbers. At that of the residual the profile is how far
-    the site's block moves what passes through it, the statistic `residual`. The numbers that a row's `options` name are
-    given to fn as keywords.
+    the site's block moves what passes through it, the statistic `residual`. The numbers that a
+    row's `options` name are given to fn as keywords.
 
     With `ranked` the answer is score_OI: new, float32, not below 0, higher = keep. All units of the
     model are then ranked together, tiles by their pooled score, and the profile is how many of the

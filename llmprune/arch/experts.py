@@ -16,7 +16,7 @@ from llmprune.arch.couplings import EXPERT_CHANNELS, EXPERTS, Linears, Shapes
 from llmprune.arch.limits import ACTIVE
 from llmprune.arch.limits import EXPERTS as COUNT_KEYS
 from llmprune.arch.types import Coupling, Mixture, Span
-from llmprune.base.errors import UnsupportedModel, WontLoad
+from llmprune.base.errors import UnsupportedModel
 
 WIDTH_KEYS = ("moe_intermediate_size", "expert_intermediate_size", "expert_ffn_hidden_size",
               "intermediate_size", "ffn_dim")  # fmt: skip
@@ -62,44 +62,6 @@ def fewest_experts(mixture: Mixture) -> int:
     """
     in_group = max(mixture.least, math.ceil(mixture.active / mixture.top_groups))
     return mixture.num_groups * in_group
-
-
-def check_experts(mixture: Mixture, num_kept: int) -> None:
-    """Check that a mixture runs with so many experts.
-
-    Raises:
-        WontLoad: they are fewer than a token meets, or do not fill the router's groups.
-    """
-    fewest = fewest_experts(mixture)
-    if num_kept < fewest:
-        groups = f" of {mixture.top_groups} of {mixture.num_groups} groups" * (
-            mixture.num_groups > 1
-        )
-        raise WontLoad(
-            f"{num_kept} of {mixture.num_experts} experts would be left, but a token meets "
-            f"{mixture.active}{groups}, which needs {fewest}. Remove at most "
-            f"{mixture.num_experts - fewest} experts: lower the sparsity."
-        )
-    if num_kept % mixture.num_groups:
-        raise WontLoad(
-            f"{num_kept} of {mixture.num_experts} experts would be left, but the router chooses "
-            f"among {mixture.num_groups} groups of equal size. Remove a multiple of "
-            f"{mixture.num_groups} experts."
-        )
-
-
-def check_expert_width(num_kept: int) -> None:
-    """Check that experts of so many channels run the stock way, where products are grouped.
-
-    Raises:
-        WontLoad: they do not.
-    """
-    if num_kept % MULTIPLE or num_kept <= 0:
-        near = max(MULTIPLE, round(num_kept / MULTIPLE) * MULTIPLE)
-        raise WontLoad(
-            f"experts of {num_kept} channels would load and then fail: transformers multiplies "
-            f"experts in groups, which needs a multiple of {MULTIPLE}. Keep {near} channels."
-        )
 
 
 def expert_couplings(

@@ -1,7 +1,8 @@
 """Runs alone in a fresh process: load a folder as any user would, and write its logits.
 
 Nothing of llmprune is imported, so what is proven does not depend on it. With `on_disk` weights
-stay on disk until a module needs them, so a model larger than memory loads as well.
+stay on disk until a module needs them, so a model larger than memory loads as well. Experts are
+multiplied as transformers does by default, or with `eager` one at a time.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def main(job_file: str) -> None:
     placed: dict[str, Any] = {}
     if job["on_disk"]:
         placed = {"device_map": {"": "disk"}, "offload_folder": str(scratch / "offload")}
+    if job.get("eager"):
+        placed["experts_implementation"] = "eager"
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         job["folder"],
         dtype=getattr(torch, job["dtype"]),
@@ -41,8 +44,9 @@ def main(job_file: str) -> None:
     save_file({"logits": logits.cpu().contiguous()}, str(scratch / "stock.safetensors"))
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     found = {kind: sorted(str(key) for key in info.get(kind, ())) for kind in kinds}
-    beside: dict[str, Any] = {}
-    if job.get("generate") and not job["on_disk"]:
+    beside: dict[str, Any] = {"experts": getattr(model.config, "_experts_implementation", None)}
+    even = job["dtype"] == "float32" or not beside["experts"]  # else rounding changes experts
+    if job.get("generate") and even and not job["on_disk"]:
         beside["generation"] = generation(model, job["tokens"])
     if job.get("own_code"):
         beside["ran_unasked"] = runs_unasked(job["folder"])

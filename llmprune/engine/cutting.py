@@ -211,8 +211,9 @@ def _decide(
                 return_freed()
         with _timed(seconds, "solve"):
             for group in plan.groups[block.index]:
-                if is_gone(group.sites[0], gone):
-                    continue
+                site = group.sites[0]
+                if is_gone(site, gone) and not (plan.counts or {})[site.name]:
+                    continue  # one that goes by itself has a row of its own
                 if seen is None or not plan.parts.cut or group.coupling or group.tap in needs:
                     cutter.cut(
                         group,

@@ -76,8 +76,9 @@ class Plan:
     """A run that is fully decided; its repr is the table of --dry-run.
 
     `facts` are numbers that its allocation says of itself. `counts` is None where they follow from
-    a survey, which `with_profiles` completes the plan by; `verdict` is what the survey's judgement of the allocation was, `target` how the sparsity was
-    found, and `whole` what is left of units that run through all blocks. `cache` is what a token
+    a survey, which `with_profiles` completes the plan by; `verdict` is what the survey's judgement
+    of the allocation was, `target` how the sparsity was found, and `whole` what is left of units
+    that run through all blocks. `budget` says what is to go at least, and `cache` what a token
     leaves in every block's key/value cache, where that is known.
     """
 
@@ -153,13 +154,13 @@ class Plan:
         return tuple(all_sites(self.groups)) if self.whole is None else (self.whole.site,)
 
     @property
-    def config_changes(self) -> dict[str, int]:
-        """Return the numbers of the config that differ from the source's."""
+    def config_changes(self) -> dict[str, Any]:
+        """Return what of the config differs from the source's: numbers, and the model's type."""
         if self.shipment is None or self.form == "masked":
             return {}
-        before = self.shipment.before
-        numbers = {k: v for k, v in self.shipment.config.items() if isinstance(v, int)}
-        return {key: value for key, value in numbers.items() if before.get(key) != value}
+        before, after = self.shipment.before, self.shipment.config
+        told = {k: v for k, v in after.items() if isinstance(v, int) or k == "model_type"}
+        return {key: value for key, value in told.items() if before.get(key) != value}
 
     @property
     def asked_share(self) -> float:

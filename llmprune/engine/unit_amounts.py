@@ -200,21 +200,24 @@ def _check_widths_give(step: PruneStep, request: Request, asked: int) -> None:
     if step.target or any(site.kind in DEPTHS for site in request.sites):
         return
     most = sum(_wished_counts(site, request)[-1] * site.unit_cost for site in request.sites)
-    if asked > most:
-        share = math.floor(1000 * step.sparsity * most / asked) / 1000
-        first = {site.kind: site for site in reversed(request.sites)}
-        left = " and ".join(
-            f"{site.num_units - _wished_counts(site, request)[-1]:,} of {site.num_units:,} {kind}"
-            for kind, site in sorted(first.items())
-        )
+    if asked <= most:
+        return
+    kinds = {site.kind: site for site in reversed(request.sites)}
+    left = " and ".join(
+        f"{site.num_units - _wished_counts(site, request)[-1]:,} of {site.num_units:,} {kind}"
+        for kind, site in sorted(kinds.items())
+    )
+    share = math.floor(1000 * step.sparsity * most / asked) / 1000
+    if not share:
         raise RecipeError(
-            f"prune.sparsity: {step.sparsity:g} of all weights in blocks is more than {step.pattern} "
-            f"can give: every block keeps {left} at least, so at most {share:g} can go. Type "
-            f"--sparsity {share:g}, or name other units beside, as in --pattern ffn-channels+heads."
-            if share
-            else f"prune.pattern: no {step.pattern} can go: every block keeps {left} at least. "
+            f"prune.pattern: no {step.pattern} can go, because every block keeps {left} at least. "
             "Choose another --pattern."
         )
+    raise RecipeError(
+        f"prune.sparsity: {step.sparsity:g} of all weights in blocks is more than {step.pattern} "
+        f"can give: every block keeps {left} at least, so at most {share:g} can go. Type "
+        f"--sparsity {share:g}, or name more units, as in --pattern ffn-channels+heads."
+    )
 
 
 def _wished_counts(site: Site, request: Request) -> list[int]:

@@ -74,7 +74,7 @@ def test_only_legal_counts_are_taken() -> None:
     legal = {"a": [0, 4, 6, 7]}
     found = [project(**wish, budget=gone, legal=legal)["a"] for gone in range(8)]
     assert found == [0, 4, 4, 4, 4, 6, 6, 7]
-    with pytest.raises(RecipeError, match="At most 0.75 can"):
+    with pytest.raises(RecipeError, match=r"At most 0\.75 can"):
         project(**wish, budget=7, legal={"a": [0, 4, 6]})
 
 

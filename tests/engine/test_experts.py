@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,6 +22,7 @@ from llmprune.arch.miniature import miniature_config
 from llmprune.arch.table import expert_taps
 from llmprune.arch.types import Family, Mixture
 from llmprune.base.errors import RecipeError, WontLoad
+from llmprune.delivery import gate
 from llmprune.walk.block import Block
 from llmprune.walk.rewriting import Rewriting
 
@@ -390,3 +392,29 @@ def test_experts_in_a_list_are_taken_off_it() -> None:
         )
         assert f"moe.experts.1.{name}" in changed and f"moe.experts.0.{name}" not in changed
     assert torch.equal(moe.gate.weight, before["moe.gate.weight"][[0, 2]])
+
+
+def test_experts_that_round_otherwise_in_groups_are_compared_one_at_a_time(
+    cut: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    build("mixtral").to(torch.bfloat16).save_pretrained(source := tmp_path / "source")
+    tokenizer.save_pretrained(source)
+    asked = []
+
+    def noted(scratch: Path, job: Any) -> str | None:
+        reason = run_stock(scratch, job)
+        asked.append(job.get("eager", False))
+        if not asked[-1]:  # a token that another expert got
+            with safe_open(str(scratch / "stock.safetensors"), "pt") as handle:
+                logits = handle.get_tensor("logits")
+            save_file({"logits": logits.roll(1, -1)}, str(scratch / "stock.safetensors"))
+        return reason
+
+    run_stock = gate._run_stock
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "_run_stock", noted)
+        _, report = cut(source, "bf16", method="reap", sparsity=0.4, dtype="bfloat16")
+        assert asked[-1] and not any(asked[:-1])
+        assert report.data["gate"]["agreement"]["passed"]
+        with pytest.raises(WontLoad, match="logits differ"):  # float32 leaves no room for that
+            cut(source, "fp32", method="reap", sparsity=0.4, dtype="float32")

@@ -76,6 +76,30 @@ def test_shares_by_hand_take_the_place_of_an_efforts_allocation(planned: Planned
     assert line(planned(*wishes), "allocation").startswith("manual: *o_proj 0.1")
 
 
+def test_units_that_go_from_every_block_alike_are_in_the_plan(planned: Planned) -> None:
+    text = planned("--pattern", "ffn-channels+heads", "--sparsity", 0.5, "--method", "wanda-struct")
+    assert re.findall(r"^(ffn-channels|heads) .* (\d+) +(\S+)$", text, re.MULTILINE) == [
+        ("ffn-channels", "32", "0.5000"),
+        ("heads", "1", "0.5000"),
+    ]
+    assert "num_key_value_heads = 1" in line(text, "result") and "E0" in line(text, "result")
+    assert line(text, "loads").startswith("stock")
+
+
+def test_a_method_that_ranks_units_or_tries_them_awaits_its_survey(planned: Planned) -> None:
+    for method in ("compact", "flap", "finercut"):
+        data = json.loads(planned("--method", method, "--sparsity", 0.25, "--json"))
+        assert data["awaits_survey"], method
+        assert {site["removed"] for site in data["sites"].values()} == {None}
+
+
+def test_a_target_of_size_is_reached_before_anything_is_read(planned: Planned) -> None:
+    text = planned("--pattern", "ffn-channels", "--target", "params=0.8x")
+    assert line(text, "target").startswith("params 0.8x: at most ")
+    asked, reached = re.findall(r"([\d,]+) (?:parameters|reached)", line(text, "target"))
+    assert int(reached.replace(",", "")) <= int(asked.replace(",", ""))
+
+
 def test_one_target_is_enough(command: Command) -> None:
     ended = command("plan", "--model", "demo", "--target", "ppl=+5%", "--target", "ppl=+9%")
     assert ended.code == 2 and "ppl is given twice, as +5% and +9%" in ended.err
