@@ -164,7 +164,7 @@ _ROWS = (
     width(
         *("learned-gates", "Learned gates", "gate"),
         "Zhang et al., EcoDiff: Low-Cost Pruning of Diffusion Models, arXiv:2412.02852",
-        2025,
+        2024,
         "Trains a number between 0 and 1 for every unit, weights frozen, so that the gated model "
         "says what the dense one said (KL) while the mean gate falls to the share that is to stay; "
         "a polarization penalty draws gates apart. The lowest gates go, over all of the model.",

@@ -271,8 +271,8 @@ def _choose_tier(
 ) -> tuple[Tier, list[tuple[str, str]]]:
     """Return the tier: asked for, or the lowest that holds the layout."""
     asked = plan.prune.tier
-    if asked == "auto" and layout.uniform:
-        return "E0", []
+    if asked in ("auto", "E0") and layout.uniform:
+        return "E0", []  # whether a stock class takes these sizes is seen when it is built
     from llmprune.delivery.heterogeneous import lowest_tier, why_not
 
     if asked == "auto":
