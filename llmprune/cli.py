@@ -42,12 +42,16 @@ def wishes(
     sparsity: Annotated[
         float | None, Option(help="Share of the weights to remove, 0 to 1; N:M patterns fix it.")
     ] = None,
-    method: Annotated[str | None, Option(help="See `llmprune methods`. [default: wanda]")] = None,
+    method: Annotated[
+        str | None,
+        Option(help="See `llmprune methods`. [default: wanda, or what the pattern needs]"),
+    ] = None,
     pattern: Annotated[
         str | None,
         Option(
-            help="unstructured, N:M (keeps N of every M), HxW (tiles), ffn-channels. "
-            "[default: unstructured]"
+            help="unstructured, N:M (keeps N of every M), HxW (tiles), or whole units, joined by "
+            "a plus: ffn-channels+heads, blocks, sublayers, experts, hidden, vocabulary. "
+            "[default: what the method is for]"
         ),
     ] = None,
     effort: Annotated[

@@ -6,13 +6,13 @@ that it holds. Where variants differ in who shares an input, linears have taps o
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from llmprune.arch.types import Attention, Family, Ffn, Tap, Unfuse
 
 
 def fused(
-    linear: str, output: str, layout: Literal["stacked", "grouped"], **keys: str | None
+    linear: str, output: str, layout: Literal["stacked", "grouped"], **keys: Any
 ) -> Attention:
     """Return an attention whose query, key and value are rows of one linear."""
     return Attention(query=linear, key=linear, value=linear, output=output, layout=layout, **keys)

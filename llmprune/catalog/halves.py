@@ -79,8 +79,8 @@ _ROWS = (
         "Castells et al., LD-Pruner: Efficient Pruning of Latent Diffusion Models using "
         "Task-Agnostic Insights, arXiv:2404.11936",
         2024,
-        "Removes in one shot the halves whose absence shifts mean and deviation of the final hidden "
-        "states least.",
+        "Removes in one shot the halves whose absence shifts mean and deviation of the final "
+        "hidden states least.",
     ),
 )
 DEEP = {row.name: row for row in _ROWS}

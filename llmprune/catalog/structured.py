@@ -43,7 +43,7 @@ def width(
 _ROWS = (
     width(
         *("compact", "Compact", "flap", FLAP, 2023),
-        "The default for smaller models: FLAP's fluctuation score with the columns that stay fitted "
+        "What efforts mean for units: FLAP's fluctuation score with the columns that stay fitted "
         "by least squares, and equal widths in every block, chosen among combinations of heads and "
         "channels by the divergence of the next-token distributions. The result is a stock model.",
         allocation="widths",
@@ -71,8 +71,8 @@ _ROWS = (
     ),
     width(
         *("flap-published", "FLAP, as published", "flap-published", FLAP, 2023),
-        "FLAP as its code ranks units: the score of heads is squared before it is standardised, and "
-        "statistics are of the dense model throughout. The running variance of the code, which "
+        "FLAP as its code ranks units: the score of heads is squared before it is standardised, "
+        "and statistics are of the dense model throughout. The running variance of the code, which "
         "leaves out the first batch, is not reproduced.",
         allocation="standardised",
         solver="bias-shift",
@@ -96,7 +96,8 @@ _ROWS = (
     ),
     width(
         *("llm-pruner-vector", "LLM-Pruner, vector", "taylor-vector", TAYLOR, 2023),
-        "As llm-pruner, with the sum of weight x gradient of a row taken before its absolute value.",
+        "As llm-pruner, with the sum of weight x gradient of a row taken before its absolute "
+        "value.",
     ),
     width(
         *("llm-pruner-2", "LLM-Pruner, element-2", "taylor-2", TAYLOR, 2023),
@@ -108,8 +109,8 @@ _ROWS = (
     ),
     width(
         *("llm-pruner-middle", "LLM-Pruner, middle blocks", "taylor-1", TAYLOR, 2023),
-        "As llm-pruner, but the first and the last blocks are spared, as in the published runs; the "
-        "others lose more, so blocks keep different widths.",
+        "As llm-pruner, but the first and the last blocks are spared, as in the published runs; "
+        "the others lose more, so blocks keep different widths.",
         allocation="middle",
     ),
     width(

@@ -20,8 +20,9 @@ class Method:
 
     ``score`` ranks weights and ``group`` says among which of them ("row", "matrix" or "mass");
     ``pool`` makes the score of a tile or a unit from those of its weights, of the linear that reads
-    the units or, as ``reduce`` says, of all that a unit has a part of; ``allocation`` spreads the sparsity over the linears and ``solver`` updates what is kept. ``refine`` exchanges
-    kept and pruned weights of the mask before that, and ``repair`` improves the whole block after.
+    the units or, as ``reduce`` says, of all that a unit has a part of; ``allocation`` spreads the
+    sparsity over the linears and ``solver`` updates what is kept. ``refine`` exchanges kept and
+    pruned weights of the mask before that, and ``repair`` improves the whole block after.
     ``patterns`` are those it has a rule for, ``pattern`` the one that is meant where none is given;
     with ``propagate`` "dense" statistics are of the dense model throughout.
     """

@@ -163,7 +163,7 @@ def _trained(
             kl, slopes = _slopes(now, batches[at], dense[at])
             penalty = _penalty(gates, costs, target)
             optimizer.zero_grad()
-            penalty.backward()  # type: ignore[no-untyped-call]
+            penalty.backward()
             for name, gate_U in gates.items():
                 assert gate_U.grad is not None
                 gate_U.grad += slopes[name]
@@ -178,7 +178,8 @@ def _trained(
 def _penalty(gates: Mapping[str, Tensor], costs: Mapping[str, int], target: float) -> Tensor:
     """Return what draws gates to their share, and apart from their mean."""
     whole = sum(costs[name] * len(gate_U) for name, gate_U in gates.items())
-    kept = sum(costs[name] * gate_U.sum() for name, gate_U in gates.items()) / whole
+    weighed = [costs[name] * gate_U.sum() for name, gate_U in gates.items()]
+    kept = torch.stack(weighed).sum() / whole
     every = torch.cat(list(gates.values()))
     apart = (every.abs() - (every - every.mean()).abs()).mean()
     return PULL * (kept - (1 - target)).clamp(min=0) ** 2 + APART * apart

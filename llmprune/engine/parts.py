@@ -161,8 +161,8 @@ def _compose_units(step: PruneStep, pattern: Units, method: Method, solver: str)
     if "ppl" in (step.target or {}) and EXPERTS in pattern.kinds:
         raise RecipeError(
             "prune.target: candidates for a perplexity are masked, and no weight that is zero "
-            "keeps a router from choosing an expert. Give a --sparsity instead of the target, or choose "
-            "--pattern expert-channels."
+            "keeps a router from choosing an expert. Give a --sparsity instead of the target, or "
+            "choose --pattern expert-channels."
         )
     if "ppl" in (step.target or {}) and step.form != "masked":
         raise RecipeError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmprune.allocation import ALLOCATIONS
 from llmprune.arch.couplings import EXPERTS
@@ -66,7 +66,9 @@ def unit_profiles(plan: Plan, around: Surroundings) -> Found:
                         *(plan.method, members, site, options),
                         draw=lambda linear, b=block: seed_of(plan.recipe.seed, b.prefix + linear),
                     )
-                    profiles[site.name] = profile.fn(score_U).cpu() if profile else score_U
+                    assert profile is not None
+                    found: Any = profile.fn(score_U)
+                    profiles[site.name] = found.cpu()
                 masks_by = (*plan.probe_needs, *_others(known))
                 statistics[index] = {
                     tap: replace(

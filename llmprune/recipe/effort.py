@@ -16,14 +16,16 @@ FEW = 0.4  # below this sparsity equal shares are as good as any that were tried
 def stages(effort: str, pattern: str, sparsity: float | None) -> dict[str, Any]:
     """Return the keys of a prune step that follow from an effort, a pattern and a sparsity.
 
-    Whole channels have one method so far, whatever the effort.
+    Whole units have a method by their kind.
 
     >>> stages("fast", "unstructured", 0.5)
     {'method': 'wanda'}
     >>> stages("good", "2:4", None)
     {'method': 'sparsegpt', 'solver': 'least-squares', 'permute': True}
     """
-    if effort not in ("good", "best") or pattern == "ffn-channels":
+    if pattern != "unstructured" and not pattern[:1].isdigit():
+        return {"method": _method_of_units(effort, pattern.split("+"))}
+    if effort not in ("good", "best"):
         return {"method": "wanda"}
     fixed = re.fullmatch(r"\d+:\d+", pattern) is not None
     found: dict[str, Any] = {"method": "sparsegpt", "solver": "least-squares"}
@@ -34,6 +36,27 @@ def stages(effort: str, pattern: str, sparsity: float | None) -> dict[str, Any]:
     elif sparsity is None or sparsity >= FEW:
         found["allocation"] = "sensitivity"
     return found | ({"repair": "block"} if effort == "best" else {})
+
+
+def usual_method(pattern: str) -> str:
+    """Return the method that is meant where none is given: Wanda, where it has a rule.
+
+    >>> usual_method("2:4"), usual_method("heads"), usual_method("blocks")
+    ('wanda', 'wanda', 'finercut')
+    """
+    return str(stages("fast", pattern, None)["method"])
+
+
+def _method_of_units(effort: str, kinds: list[str]) -> str:
+    """Return the method for kinds of unit."""
+    own = {"experts": "reap", "hidden": "slicegpt", "vocabulary": "vocabulary"}
+    if kinds[0] in own:
+        return own[kinds[0]]
+    deep = {"attention", "ffn", "blocks", "sublayers"}
+    if deep & {*kinds}:
+        return "finercut" if {*kinds} <= deep else "greedy-units"
+    careful = effort in ("good", "best") and "expert-channels" not in kinds
+    return "compact" if careful else "wanda"
 
 
 def beside(step: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from llmprune.base.registry import near_match
 from llmprune.catalog import METHODS
 from llmprune.catalog.types import UNITS
 from llmprune.recipe.dialect import dump
-from llmprune.recipe.effort import beside
+from llmprune.recipe.effort import beside, usual_method
 from llmprune.recipe.targets import TARGETS, amount_of
 
 NAME, MIX = "<name>", "<mix>"  # the two forms of calibration.data, for pydantic's error paths
@@ -142,6 +142,8 @@ class PruneStep(_Part):
             return step
         if step.get("effort") is not None:
             step = {**beside(step), **step}
+        elif isinstance(pattern := step.get("pattern"), str):
+            step = {"method": usual_method(pattern), **step}
         method = METHODS.get(step.get("method", "wanda"))
         if method is not None:
             step = {"pattern": method.pattern, "propagate": method.propagate, **step}
@@ -170,8 +172,8 @@ class PruneStep(_Part):
             raise UnknownName(
                 f"'{pattern}' is no pattern.{hint} There are: unstructured, N:M such as 2:4, which "
                 "keeps N of every M weights, HxW such as 16x16, which removes whole tiles of H "
-                f"outputs by W inputs, and units: {', '.join(UNITS)}, or several with a plus, such as "
-                "ffn-channels+heads."
+                f"outputs by W inputs, and units: {', '.join(UNITS)}, or several with a plus, such "
+                "as ffn-channels+heads."
             )
         return pattern
 

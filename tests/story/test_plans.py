@@ -60,7 +60,6 @@ def test_stages_and_damping_are_in_the_plan(planned: Planned) -> None:
         (("--set", "prune.damp=diag"), "damp diag changes nothing: solver zero"),
         (("--set", "prune.damping=0.1"), "damping 0.1 changes nothing: solver zero"),
         (("--set", "prune.adopt=always"), "adopt always changes nothing: allocation uniform"),
-        (("--pattern", "ffn-channels", "--effort", "good"), "effort good has nothing beyond fast"),
         ((), ""),
     ],
 )
@@ -69,6 +68,21 @@ def test_what_changes_nothing_is_said_to(
 ) -> None:
     note = line(planned("--sparsity", 0.25, *wishes), "note")
     assert note.startswith(says) if says else not note
+
+
+@pytest.mark.parametrize(
+    ("wishes", "method"),
+    [
+        (("--pattern", "ffn-channels", "--effort", "fast"), "Wanda"),
+        (("--pattern", "ffn-channels+heads", "--effort", "good"), "Compact"),
+        (("--pattern", "sublayers", "--effort", "best"), "FinerCut"),
+        (("--pattern", "blocks"), "FinerCut"),
+    ],
+)
+def test_a_kind_of_unit_has_a_method_where_none_is_given(
+    planned: Planned, wishes: tuple[object, ...], method: str
+) -> None:
+    assert line(planned("--sparsity", 0.25, *wishes), "method").startswith(f"{method}, pattern")
 
 
 def test_shares_by_hand_take_the_place_of_an_efforts_allocation(planned: Planned) -> None:

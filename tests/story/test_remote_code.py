@@ -142,6 +142,22 @@ def test_it_is_pruned_and_loads_with_its_code(
         assert not bool(model.get_submodule(name).weight[~keep_OI].any())
 
 
+def test_a_block_of_it_goes_and_its_code_stays(
+    own_model: Path, tmp_path: Path, tokens: Tensor
+) -> None:
+    out = tmp_path / "out"
+    api.prune(
+        str(own_model), method="shortgpt", sparsity=0.3, calib=tokens, out=out, dtype="float32",
+        device="cpu", trust_remote_code=True, quiet=True,
+    )  # fmt: skip
+    files = MaskFiles(out)
+    assert files.blocks is not None and len(files.blocks) == 2
+    back = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
+    whole = AutoModelForCausalLM.from_pretrained(own_model, trust_remote_code=True)
+    whole.stack = torch.nn.ModuleList(whole.stack[index] for index in files.blocks)
+    assert torch.equal(back(tokens).logits, whole(tokens).logits)
+
+
 def test_it_is_not_run_unasked(own_model: Path, tmp_path: Path, tokens: Tensor) -> None:
     with pytest.raises(UnsupportedModel, match="--trust-remote-code"):
         api.prune(own_model, sparsity=0.5, calib=tokens, out=tmp_path / "out")

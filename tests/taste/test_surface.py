@@ -20,6 +20,7 @@ PUBLIC = [
     "LlmpruneError",
     "Recipe",
     "Report",
+    "bench",
     "evaluate",
     "gate",
     "inspect",
