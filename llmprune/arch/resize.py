@@ -33,8 +33,7 @@ def resized(config: Mapping[str, Any], layout: Layout, sizes: Mapping[str, int])
     """Return a config.json with the blocks of a layout and other sizes.
 
     Entries that list something per block lose those of blocks that went; entries that name or count
-    blocks by index follow. A config of several parts (a text model in a wrapper) is changed in its
-    text part.
+    blocks by index follow.
 
     >>> from llmprune.arch.layout import BlockLayout
     >>> layout = Layout(blocks=(BlockLayout(source=0), BlockLayout(source=2)))
@@ -87,6 +86,12 @@ def check_blocks_alike(
     Raises:
         WontLoad: one is not; names the block and what differs.
     """
+    if len(result) != len(layout.blocks):
+        raise WontLoad(
+            f"the config of {len(layout.blocks)} blocks makes {len(result)}: no entry of this "
+            f"family's config.json counts them ({', '.join(NUM_BLOCKS)} are known). Type --set "
+            "prune.form=masked, or choose another --pattern."
+        )
     for place, block in enumerate(layout.blocks):
         one, other = source[block.source], result[place]
         before, after = kind_of(one), kind_of(other)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.arch.couplings import ATTENTION, BLOCK, DEPTHS, FFN, HEADS, QUERY_HEADS
 from llmprune.arch.layout import BlockLayout, Layout, Tier
-from llmprune.arch.resize import as_mistral, check_blocks_alike, resized
+from llmprune.arch.resize import NUM_BLOCKS, as_mistral, check_blocks_alike, resized
 from llmprune.arch.types import Coupling, Site
 from llmprune.base.errors import CheckpointError, UnsupportedModel, WontLoad, first_line
 from llmprune.checkpoint.shrink import Axes, axes_of
@@ -256,12 +256,18 @@ def cut_of_block(
 
 
 def _explicit(config: Mapping[str, Any], built: Any, num_blocks: int) -> dict[str, Any]:
-    """Return a config.json in which lists per block, left to defaults, are spelled out."""
+    """Return a config.json that spells out what it leaves to defaults: the number of blocks, and
+    lists per block."""
     known = built.to_dict()
+    counted = any(name in config for name in NUM_BLOCKS)
     listed = {
         name: value
         for name, value in known.items()
-        if name not in config and isinstance(value, list) and len(value) == num_blocks > 1
+        if name not in config
+        and (
+            (isinstance(value, list) and len(value) == num_blocks > 1)
+            or (name in NUM_BLOCKS and value == num_blocks and not counted)
+        )
     }
     return {**config, **listed}
 
@@ -384,7 +390,7 @@ def _build(
     with tempfile.TemporaryDirectory(prefix="llmprune-") as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
-        for path in code:
+        for path in code or _own_code(source, config):
             shutil.copyfile(path, folder / path.name)
         trust = trust_remote_code or bool(code)
         try:
@@ -401,6 +407,12 @@ def _build(
                 f"{first_line(error).replace(str(folder), 'the new config')}. Choose other "
                 "counts, another --pattern, or --set prune.form=masked."
             ) from error
+
+
+def _own_code(source: Skeleton, config: Mapping[str, Any]) -> list[Path]:
+    """Return the code that a source brings beside its weights, which its result needs too."""
+    origin = Path(str(source.config._name_or_path))
+    return sorted(origin.glob("*.py")) if config.get("auto_map") and origin.is_dir() else []
 
 
 def _check_shapes(

@@ -115,6 +115,12 @@ def test_kinds_that_follow_from_a_period_are_refused(
         check_blocks_alike(dense.model.layers, small.model.layers, layout_of(0, 2, 3), {})
 
 
+def test_a_config_that_counts_its_blocks_nowhere_is_refused() -> None:
+    blocks = of_blocks("llama").model.layers
+    with pytest.raises(WontLoad, match=r"config of 2 blocks makes 4: no entry .* counts them"):
+        check_blocks_alike(blocks, blocks, layout_of(0, 1), {})
+
+
 def test_sizes_that_change_something_else_are_told_apart() -> None:
     dense, small = of_blocks("gpt2"), of_blocks("gpt2", n_head=2)
     says = "block 0 would have attn.head_dim 16 instead of 8 with the sizes that are left"

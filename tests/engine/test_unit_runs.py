@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,27 +220,25 @@ def test_a_kept_block_that_was_changed_does_not_pass_the_gate(
 # Killed between blocks.
 
 
-def killed_at(nth: int, run: Callable[[], Any]) -> None:
-    """Run in a child that dies before its n-th block is recorded."""
-    child = os.fork()
-    if not child:
-        write, calls = Records.write, 0
+class Killed(BaseException):
+    """Stands for a process that ends at once: nothing of ours catches it, nothing is tidied."""
 
-        def dying(*args: Any, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == nth:
-                os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(60)
-            return write(*args, **options)
 
-        Records.write = dying  # type: ignore[method-assign]
-        try:
+def killed_at(nth: int, run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run until just before the n-th block is recorded."""
+    write, calls = Records.write, 0
+
+    def dying(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            raise Killed
+        return write(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "write", dying)
+        with pytest.raises(Killed):
             run()
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
 KILLED = [
@@ -254,10 +249,14 @@ KILLED = [
 
 @pytest.mark.parametrize("name", KILLED)
 def test_a_killed_run_ends_with_the_same_bytes(
-    source: Callable[..., Path], prune: Prune, tmp_path: Path, name: str
+    source: Callable[..., Path],
+    prune: Prune,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     whole = out_of(prune(source(), "whole", **FORMS[name]))
-    killed_at(3, lambda: prune(source(), "killed", **FORMS[name]))
+    killed_at(3, lambda: prune(source(), "killed", **FORMS[name]), monkeypatch)
     assert not (tmp_path / "killed").exists() and (tmp_path / "killed.partial").exists()
     resumed = prune(source(), "killed", **FORMS[name])
     assert resumed.data["resumed_after"] == 1
