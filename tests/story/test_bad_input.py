@@ -127,7 +127,7 @@ WISHES = {
     "nothing to prune": (("--set", "prune.skip=['*']"), ("prune.skip", "nothing to prune")),
     "more channels than there are": (
         ("--pattern", "ffn-channels", "--sparsity", "0.9"),
-        ("prune.sparsity: 0.9", "ffn-channels holds"),
+        ("prune.sparsity: 0.9", "more than ffn-channels can give", "at most 0.62"),
     ),
     "a scale that linears do not share": (
         ("--set", "prune.allocation=global"),
