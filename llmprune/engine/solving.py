@@ -21,10 +21,12 @@ from llmprune.engine.units import (
     columns_kept,
     compensate,
     is_deep,
+    join,
     members_of,
     sliced_masks,
     unit_masks,
     unit_scores,
+    with_diagonal,
     zero_units,
 )
 from llmprune.mask.apply import masked
@@ -491,13 +493,6 @@ def decided(keep_OI: Tensor) -> Choose:
     return Choose(fn=choose)
 
 
-def join(stats: Stats, own: Stats | None) -> Stats:
-    """Return the statistics of a tap together with what is known of one of its linears."""
-    if own is None:
-        return stats
-    return replace(stats, values={**stats.values, **own.values}, num_sequences=own.num_sequences)
-
-
 def follow(order: Order, prefix: str, known: Mapping[str, _OfLinear]) -> dict[str, _OfLinear]:
     """Return what is known of linears (O, I), by name, in the order that a coupling was put into.
 
@@ -522,15 +517,6 @@ def _selected(known: _OfLinear, dim: int, order_U: Tensor) -> _OfLinear:
         }
         return replace(known, values=values)
     return known.index_select(dim, order_U.to(known.device))
-
-
-def with_diagonal(stats: Stats) -> Stats:
-    """Return the statistics with `col_sq`, which the diagonal of a Gram matrix is."""
-    if "gram" not in stats.values or "col_sq" in stats.values:
-        return stats
-    diagonal_I = stats["gram"].diagonal()
-    wide = torch.float32 if diagonal_I.device.type == "mps" else torch.float64  # MPS has no more
-    return replace(stats, values={**stats.values, "col_sq": diagonal_I.to(wide)})
 
 
 def reordered(stats: Stats, order_I: Tensor) -> Stats:

@@ -44,12 +44,8 @@ def members_of(group: Group, block: Block, seen: Seen, learnt: Seen) -> list[Mem
     found = []
     for span in group.sites[0].spans:
         stats = seen.get(block.anatomy.tap_of(span.linear).name, seen.get("", EMPTY))
-        own = learnt.get(span.linear)
-        if own is not None:
-            stats = replace(
-                stats, values={**stats.values, **own.values}, num_sequences=own.num_sequences
-            )
-        found.append(Member(span, block.weight(span.linear), _with_diagonal(stats)))
+        known = with_diagonal(join(stats, learnt.get(span.linear)))
+        found.append(Member(span, block.weight(span.linear), known))
     return found
 
 
@@ -217,7 +213,14 @@ def is_deep(site: Site) -> bool:
     return site.kind in DEPTHS
 
 
-def _with_diagonal(stats: Stats) -> Stats:
+def join(stats: Stats, own: Stats | None) -> Stats:
+    """Return the statistics of a tap together with what is known of one of its linears."""
+    if own is None:
+        return stats
+    return replace(stats, values={**stats.values, **own.values}, num_sequences=own.num_sequences)
+
+
+def with_diagonal(stats: Stats) -> Stats:
     """Return the statistics with `col_sq`, which the diagonal of a Gram matrix is."""
     if "gram" not in stats.values or "col_sq" in stats.values:
         return stats
