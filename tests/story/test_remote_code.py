@@ -93,7 +93,8 @@ pytestmark = pytest.mark.usefixtures("quick_gate")
 def own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A model with its code, which transformers copies to a cache of this test's own."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    others = [path for path in sys.path if (Path(path) / "transformers_modules").is_dir()]
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in others])
     _forget()
     folder = tmp_path / "own-model"
     folder.mkdir()
