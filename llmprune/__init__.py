@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         plan,
         prune,
         push,
+        recover,
         rolling_perplexity,
         run,
     )
@@ -44,6 +45,7 @@ _HOMES = {
     "plan": "llmprune.api",
     "prune": "llmprune.api",
     "push": "llmprune.api",
+    "recover": "llmprune.api",
     "rolling_perplexity": "llmprune.api",
     "run": "llmprune.api",
 }
@@ -62,6 +64,7 @@ __all__ = [
     "plan",
     "prune",
     "push",
+    "recover",
     "rolling_perplexity",
     "run",
 ]

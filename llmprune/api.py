@@ -28,8 +28,10 @@ from llmprune.engine.opening import (
 )
 from llmprune.evaluation.speed import bench
 from llmprune.measuring import evaluate, perplexity, rolling_perplexity, store_measurement
-from llmprune.recipe import Recipe, build, default_steps, override
+from llmprune.recipe import Recipe, build, default_steps, override, recovery_recipe
+from llmprune.recovering import run_recovery
 from llmprune.report.run import Report
+from llmprune.runs import run_recipe
 from llmprune.steps import run_resident, run_streamed
 
 if TYPE_CHECKING:
@@ -95,8 +97,10 @@ def run(
         LlmpruneError: nothing is published, and the source is as it was.
     """
     progress = Progress("quiet" if quiet else "rich")
-    opened = open_plan(plan.recipe, budget=plan.budget if plan.budget.facts else None)
-    return run_streamed(opened, progress, tokens=tokens, overwrite=overwrite)
+    budget = plan.budget if plan.budget.facts else None
+    report = run_recipe(plan.recipe, progress, tokens=tokens, overwrite=overwrite, budget=budget)
+    assert report is not None  # a plan is made by one process
+    return report
 
 
 def prune(
@@ -196,6 +200,53 @@ def _calibration(calib: Any) -> tuple[str | Mix | None, list[str] | None, Tensor
             "file, texts (at least one str), or token ids as a tensor (sequences, tokens)."
         )
     return None, texts, None
+
+
+def recover(
+    folder: str | PathLike[str],
+    *,
+    data: str | Mix | Tensor | None = None,
+    method: str | None = None,
+    steps: int | None = None,
+    batch: int | None = None,
+    seq_len: int | None = None,
+    learning_rate: float | None = None,
+    rank: int | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    quiet: bool = False,
+    settings: Iterable[str] = (),
+    **others: Any,
+) -> Report | None:
+    """Train a pruned checkpoint into a new folder; what was removed stays removed.
+
+    Under torchrun every process calls this, and the first returns the report, the others None.
+
+    Args:
+        folder: a result of llmprune; it is not changed.
+        data: what `calib` of `prune` takes, or token ids (N, T) int64; the calibration text when
+            absent.
+        method: a row of `llmprune.recovery.methods.RECOVERIES`; when absent mask-lora where masks
+            are stored, and lora where tensors got smaller.
+        steps: of the optimizer. batch: sequences in each. seq_len: tokens in each sequence.
+        learning_rate: at its peak; the method's when absent. rank: of adapters.
+        settings: further `key=value` overrides, such as "recover.norms=false".
+
+    Raises:
+        LlmpruneError: the wish cannot be met, or the training diverges; nothing is published.
+    """
+    text, _, tokens = _calibration(data)
+    if tokens is not None and tokens.ndim == 2:
+        seq_len = tokens.shape[1]
+    wish = {
+        **{"data": text, "method": method, "steps": steps, "batch": batch, "seq_len": seq_len},
+        **{"learning_rate": learning_rate, "rank": rank},
+    }
+    top = {"out": None if out is None else str(out), "seed": seed, **others}
+    recipe = recovery_recipe(str(folder), wish, top, list(settings))
+    progress = Progress("quiet" if quiet else "rich")
+    return run_recovery(recipe, progress, tokens=tokens, overwrite=overwrite)
 
 
 def gate(folder: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> Verdict:
@@ -345,6 +396,7 @@ __all__ = [
     "plan",
     "prune",
     "push",
+    "recover",
     "rolling_perplexity",
     "run",
     "store_measurement",

@@ -178,20 +178,26 @@ def prune(
     recipe = make(wish)
     mode: Mode = "json" if flags["as_json"] else "quiet" if flags["quiet"] else "rich"
     progress = Progress(mode)
-    from llmprune.engine.opening import open_plan
-    from llmprune.steps import run_streamed
-
-    opened = open_plan(recipe)
     if flags["dry_run"]:
-        show_plan(opened.plan, flags["as_json"])
+        show_plans(recipe, flags["as_json"])
         return
-    plan = opened.plan
-    progress.note(head_line(opened.plan))
-    report = run_streamed(opened, progress, overwrite=flags["overwrite"])
+    if len(recipe.stages()) > 1 or recipe.recover is not None:
+        from llmprune.runs import run_recipe
+
+        report = run_recipe(recipe, progress, overwrite=flags["overwrite"])
+        if report is None:
+            return
+    else:
+        from llmprune.engine.opening import open_plan
+        from llmprune.steps import run_streamed
+
+        opened = open_plan(recipe)
+        progress.note(head_line(opened.plan))
+        report = run_streamed(opened, progress, overwrite=flags["overwrite"])
     progress.event("report", **report.data)
     if mode == "rich":
         print(report)
-        print(f"details: llmprune show {plan.out}")
+        print(f"details: llmprune show {report.out}")
 
 
 @app.command("plan")
@@ -202,10 +208,7 @@ def plan_command(
     wish: dict[str, Any],
 ) -> None:
     """Print what a run would do and cost; no weight is read."""
-    recipe = make(wish)
-    from llmprune.engine.opening import open_plan
-
-    show_plan(open_plan(recipe).plan, as_json)
+    show_plans(make(wish), as_json)
 
 
 def head_line(plan: Any) -> str:
@@ -222,14 +225,23 @@ def head_line(plan: Any) -> str:
     )
 
 
-def show_plan(plan: Any, as_json: bool) -> None:
-    """Print a plan as text or as JSON."""
+def show_plans(recipe: Recipe, as_json: bool) -> None:
+    """Print the plan of a recipe as text or as JSON, and what its later stages are."""
+    from llmprune.runs import plans_of
+
+    first, *later = plans_of(recipe)
     if as_json:
+        from llmprune.engine.plan import Plan
         from llmprune.engine.plan_table import plan_data
 
-        print(json.dumps(plan_data(plan), indent=2))
-    else:
-        print(plan)
+        data = plan_data(first) if isinstance(first, Plan) else first.data()
+        print(json.dumps(data | ({"then": later} if later else {}), indent=2))
+        return
+    print(first)
+    for stage in later:
+        for kind, wish in stage.items():
+            settings = ", ".join(f"{key} {value}" for key, value in wish.items())
+            print(f"then     {kind}: {settings or 'as usual'}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -237,6 +249,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "methods": commands.methods,
     "gate": commands.gate,
     "eval": commands.evaluate,
+    "recover": commands.recover,
     "export": commands.export,
     "bench": commands.bench,
     "show": commands.show,
@@ -352,15 +365,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 STOPPED = (
-    "stopped. Finished blocks are kept: the same command resumes, and removing the folder that "
+    "stopped. Finished {parts} are kept: the same command resumes, and removing the folder that "
     "ends in .partial discards them."
 )
 
 
 def _stopped(arguments: Sequence[str]) -> str:
-    """Return what to say after an interruption: only pruning leaves something to resume."""
+    """Return what to say after an interruption: pruning and recovery leave something to resume."""
+    if arguments[:1] == ["recover"]:
+        return STOPPED.format(parts="steps, up to the last that was saved,")
     names = {row.name for row in app.registered_commands}
-    return "stopped." if names & set(arguments[:1]) else STOPPED
+    return "stopped." if names & set(arguments[:1]) else STOPPED.format(parts="blocks")
 
 
 def _fail(arguments: Sequence[str], message: str, code: int) -> None:

@@ -283,6 +283,85 @@ def export(
         print(f"note: {note}", file=sys.stderr)
 
 
+def recover(
+    folder: Annotated[str, typer.Argument(help="A result of llmprune, or its Hub id.")],
+    data: Annotated[
+        str | None,
+        Option(help="Text to train on: what --calib takes. [default: the calibration text]"),
+    ] = None,
+    method: Annotated[
+        str | None,
+        Option(
+            help="See docs/METHODS.md. [default: mask-lora; lora where tensors got smaller]",
+        ),
+    ] = None,
+    steps: Annotated[int | None, Option(help="Optimizer steps. [default: 400]")] = None,
+    batch: Annotated[int | None, Option(help="Sequences in each. [default: 8]")] = None,
+    seq_len: Annotated[
+        int | None, Option(help="Tokens in each. [default: 1024, at most what the model takes]")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, Option(help="At its peak. [default: the method's]")
+    ] = None,
+    rank: Annotated[int | None, Option(help="Of adapters. [default: 16]")] = None,
+    masks: Annotated[
+        str | None,
+        Option(help="stored; or zeros, where another tool pruned: what is zero stays zero."),
+    ] = None,
+    out: Annotated[Path | None, Option(help="Folder to write. [default: NAME-recovered]")] = None,
+    seed: Annotated[int | None, Option(help="Draws windows and their order.")] = None,
+    device: Annotated[str | None, Option(help="cuda, mps or cpu.")] = None,
+    dtype: Annotated[
+        str | None, Option(help="auto, float32, bfloat16: what frozen weights are held in.")
+    ] = None,
+    revision: Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        Option("--set", help="Any key of the recipe, such as recover.norms=false (repeatable)."),
+    ] = None,
+    no_eval: Annotated[bool, Option("--no-eval", help="Measure no perplexity.")] = False,
+    trust_remote_code: Annotated[bool, Option("--trust-remote-code")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print what it would do.")] = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace an existing result or unfinished run.")
+    ] = False,
+    quiet: Annotated[bool, Option("--quiet", help="Print warnings and errors only.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print events as JSON lines.")] = False,
+) -> None:
+    """Train a pruned model on; what was removed stays removed.
+
+    The result is a folder of its own, proven as pruned ones are. The same command again resumes an
+    interrupted run; under torchrun several processes share each step.
+    """
+    from llmprune.base.progress import Progress
+    from llmprune.recipe import recovery_recipe
+    from llmprune.recovering import run_recovery
+    from llmprune.recovery.planning import open_recovery
+
+    wish = {
+        **{"data": data, "method": method, "steps": steps, "batch": batch, "seq_len": seq_len},
+        **{"learning_rate": learning_rate, "rank": rank, "masks": masks},
+    }
+    top = {
+        **{"out": None if out is None else str(out), "seed": seed, "device": device},
+        **{"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code or None},
+    }
+    settings = [*(set_ or ()), *(["evaluate.perplexity=false"] if no_eval else [])]
+    recipe = recovery_recipe(folder, wish, top, settings)
+    if dry_run:
+        plan = open_recovery(recipe)
+        print(json.dumps(plan.data()) if as_json else plan)
+        return
+    progress = Progress("json" if as_json else "quiet" if quiet else "rich")
+    report = run_recovery(recipe, progress, overwrite=overwrite)
+    if report is None:
+        return
+    progress.event("report", **report.data)
+    if progress.mode == "rich":
+        print(report)
+        print(f"details: llmprune show {report.out}")
+
+
 def show(
     folder: Folder,
     sites: Annotated[bool, Option("--sites", help="Every site.")] = False,

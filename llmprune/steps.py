@@ -43,6 +43,7 @@ from llmprune.engine.opening import (
     anatomies_of,
     check_walk,
     obeying,
+    open_origin,
     read_tokenizer,
     with_shipment,
 )
@@ -74,11 +75,13 @@ def run_streamed(
     *,
     tokens: Tensor | Windows | None = None,
     overwrite: bool = False,
+    chain: Mapping[str, Any] | None = None,
 ) -> Report:
     """Carry out a plan: cut, prove, evaluate, publish; or continue where an earlier run stopped.
 
     `tokens` (N, T) int64 take the place of the recipe's text. With `overwrite` an existing result
-    is replaced, and an unfinished run is not continued.
+    is replaced, and an unfinished run is not continued. `chain` is the recipe that this is a stage
+    of, for the result's record.
 
     Raises:
         LlmpruneError: nothing is published, and the source is as it was.
@@ -102,6 +105,7 @@ def run_streamed(
         if text.tokens is not None:
             check_tokens(text.tokens, opened.blocks.model.config)
         fixed = what_fixes(opened, None) | text.fixes
+        fixed |= {"chain": dict(chain)} if chain else {}
         if finished:
             _check_same_result(out, fixed)
             records.tidy()
@@ -489,8 +493,10 @@ def _evaluate(
     """Return dense and pruned perplexity of the same windows; a failure costs no proven result."""
     plan = opened.plan
     found = {}
+    dense = open_origin(opened.source, plan.recipe, plan.dtype) or opened.blocks
+    dense = replace(dense, device=opened.blocks.device)
     with progress.stage("perplexity", 2) as stage:
-        for name, side in (("dense", opened.blocks), ("pruned", result)):
+        for name, side in (("dense", dense), ("pruned", result)):
             try:
                 loss = loss_of_blocks(
                     replace(side, dtype=plan.dtype),

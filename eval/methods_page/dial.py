@@ -8,7 +8,7 @@ from typing import Any, get_args
 from eval.methods_page.text import filled, plain, table
 from llmprune.engine.target import ROUNDS, SPLITS
 from llmprune.recipe.effort import stages
-from llmprune.recipe.models import MOST, PruneStep
+from llmprune.recipe.pruning import MOST, PruneStep
 from llmprune.recipe.targets import TARGETS
 
 AMOUNTS: dict[str, tuple[str, float | None]] = {

@@ -14,7 +14,7 @@ from llmprune.catalog.types import UNITS
 from llmprune.engine.amounts import survey_cost
 from llmprune.engine.parts import needs_of
 from llmprune.mask.pattern import NofM, Tiles, Units, Unstructured
-from llmprune.recipe.models import PruneStep
+from llmprune.recipe.pruning import PruneStep
 from llmprune.repair import REPAIRS
 from llmprune.solver import REFINEMENTS, SOLVERS
 

@@ -21,7 +21,7 @@ from llmprune.engine.parts import needs_of
 from llmprune.engine.sites import Group, groups_of
 from llmprune.engine.unit_amounts import EQUAL
 from llmprune.mask.pattern import Units, parse_pattern
-from llmprune.recipe.models import PruneStep
+from llmprune.recipe.pruning import PruneStep
 from llmprune.score import UNIT_SCORES, WHOLE_SCORES
 from llmprune.solver import COMPENSATIONS
 

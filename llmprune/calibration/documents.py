@@ -14,7 +14,7 @@ from llmprune.calibration.files import Part, Row, local_files, local_parts
 from llmprune.calibration.hub import HubText, Use, open_hub_text
 from llmprune.calibration.presets import PRESETS
 from llmprune.calibration.selection import place_of, sibling
-from llmprune.recipe.models import Portion
+from llmprune.recipe.texts import Portion
 
 Reader = Callable[[Row], str | None]
 

@@ -11,7 +11,7 @@ from llmprune.calibration.chat import Chats
 from llmprune.calibration.documents import Text, open_text
 from llmprune.calibration.presets import PRESETS
 from llmprune.calibration.selection import AUTO, DEMO, EVALUATION, demo_file
-from llmprune.recipe.models import Portion
+from llmprune.recipe.texts import Portion
 
 _MOST_CHARACTERS = 20_000_000  # of a data set that is no preset; WikiText-2's test text has 1.3e6
 

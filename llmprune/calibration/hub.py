@@ -16,7 +16,7 @@ from llmprune.calibration.files import Part, Row, table_rows
 from llmprune.calibration.presets import PRESETS, Preset
 from llmprune.calibration.refusals import CONVERTED, hub_errors, is_unreachable
 from llmprune.calibration.selection import HUB, sibling, suffix_of
-from llmprune.recipe.models import Portion
+from llmprune.recipe.texts import Portion
 
 _TIMEOUT = 15.0  # seconds for the first answer
 _BLOCK = 1 << 20  # bytes fetched at once of a file that is read from its start

@@ -13,7 +13,8 @@ from typing import Literal
 from llmprune.base.errors import RecipeError
 from llmprune.calibration.presets import PRESETS
 from llmprune.checkpoint.source import read_json
-from llmprune.recipe.models import PARTS, Portion, Recipe
+from llmprune.recipe.models import Recipe
+from llmprune.recipe.texts import PARTS, Portion
 
 DEMO, AUTO, HUB = "demo", "auto", "hub:"
 RANDOM = "random-tokens"  # no text at all

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from llmprune.recipe.models import PruneStep
+    from llmprune.recipe.pruning import PruneStep
 
 
 def choose_allocation(step: PruneStep, method: Method, pattern: Pattern) -> str:

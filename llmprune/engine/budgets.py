@@ -28,7 +28,7 @@ from llmprune.recipe.targets import amount_of
 
 if TYPE_CHECKING:
     from llmprune.engine.shapes import Anatomies
-    from llmprune.recipe.models import PruneStep
+    from llmprune.recipe.pruning import PruneStep
 
 Counts = Mapping[str, int]
 UNITS = {"params": "parameters", "size": "bytes", "kv": "values of key and value per token"}

@@ -15,7 +15,8 @@ from llmprune.calibration.replay import check_replay
 from llmprune.catalog import METHODS
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.skeleton import build_skeleton, read_config
-from llmprune.checkpoint.source import Source
+from llmprune.checkpoint.source import Source, read_json
+from llmprune.delivery.masks import OWN
 from llmprune.engine.budgets import Budget
 from llmprune.engine.gradients import check_backward
 from llmprune.engine.plan import Plan, make_plan
@@ -211,6 +212,23 @@ def anatomies_of(blocks: Any) -> Anatomies:
             if not name.startswith(inside)
         },
     )
+
+
+def open_origin(source: Source, recipe: Recipe, dtype: torch.dtype | None) -> Streamed | None:
+    """Open the dense model that a result was made from, where it still lies and is what it was.
+
+    None for a source that llmprune did not write.
+    """
+    record = source.folder / OWN / "run.json"
+    origin = read_json(record).get("origin") or {} if record.exists() else {}
+    name = "demo" if origin.get("name") == "demo" else str(origin.get("folder") or "")
+    if not name or (name != "demo" and not (Path(name) / "config.json").is_file()):
+        return None
+    dense = open_source(name)
+    if dense.fingerprint() != origin.get("fingerprint"):
+        return None
+    cpu = torch.device("cpu")
+    return open_blocks(dense, recipe, cpu, dtype or storage_dtype(dense))
 
 
 def read_tokenizer(source: Source, recipe: Recipe) -> Any:

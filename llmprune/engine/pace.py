@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llmprune.arch.types import Site
     from llmprune.engine.shapes import Anatomies
     from llmprune.engine.sites import Group
-    from llmprune.recipe.models import PruneStep
+    from llmprune.recipe.pruning import PruneStep
 
 GRID = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
 ROUGH, FINE = 7, 25  # timed rounds of the grid, and of what is chosen

@@ -20,7 +20,7 @@ from llmprune.solver import COMPENSATIONS, REFINEMENTS, SOLVERS
 from llmprune.stats import STATISTICS
 
 if TYPE_CHECKING:
-    from llmprune.recipe.models import PruneStep
+    from llmprune.recipe.pruning import PruneStep
 
 NONE = "none"
 

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
     from llmprune.allocation.types import Probe, Remeasure
     from llmprune.recipe import Recipe
-    from llmprune.recipe.models import PruneStep
+    from llmprune.recipe.pruning import PruneStep
 
 Settle = Callable[[Sequence[Sequence[Group]], int], Budget]
 MAX_SEQ_LEN = 2048

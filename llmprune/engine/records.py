@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 OWN = "llmprune"
 OBEYED = ("micro_batch", "threads", "place", "budget")
-TOLD = ("wish", "text", "origin", "unused", "source.name", "source.revision", "source.folder")
+TOLD = (
+    *("wish", "chain", "text", "origin", "unused"),
+    *("source.name", "source.revision", "source.folder"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

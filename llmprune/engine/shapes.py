@@ -15,7 +15,7 @@ from llmprune.walk.observation import statistics_bytes
 
 if TYPE_CHECKING:
     from llmprune.arch.anatomy import Anatomy
-    from llmprune.recipe.models import PruneStep
+    from llmprune.recipe.pruning import PruneStep
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from llmprune.allocation.types import Candidate
 from llmprune.base.errors import RecipeError
 from llmprune.engine.probing import Prober
 from llmprune.mask.counts import exact_sparsity
-from llmprune.recipe.models import allowed_loss
+from llmprune.recipe.pruning import allowed_loss
 
 if TYPE_CHECKING:
     from llmprune.engine.plan import Plan

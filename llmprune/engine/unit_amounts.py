@@ -30,7 +30,7 @@ from llmprune.mask.pattern import Units
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmprune.recipe.models import PruneStep
+    from llmprune.recipe.pruning import PruneStep
 
 MIXED = (EXPERTS, EXPERT_CHANNELS)
 EQUAL = ("uniform", "widths")  # allocations that give every block as much of every kind

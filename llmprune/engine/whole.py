@@ -29,7 +29,7 @@ from llmprune.score.whole import WholeScore
 
 if TYPE_CHECKING:
     from llmprune.hidden.roles import Blueprint
-    from llmprune.recipe.models import PruneStep
+    from llmprune.recipe.pruning import PruneStep
 
 HIDDEN, VOCABULARY = "hidden", "vocabulary"
 ROWS = 64  # kept tokens are a multiple of this many, as products on accelerators want it

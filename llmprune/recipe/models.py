@@ -4,291 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
-from llmprune.base.errors import UnknownName
-from llmprune.base.registry import near_match
-from llmprune.catalog import METHODS
-from llmprune.catalog.types import UNITS
 from llmprune.recipe.dialect import dump
-from llmprune.recipe.effort import beside, usual_method
-from llmprune.recipe.targets import TARGETS, amount_of
-
-NAME, MIX = "<name>", "<mix>"  # the two forms of calibration.data, for pydantic's error paths
-PARTS = ("split", "config", "revision", "column")
-MOST = 0.9  # the highest sparsity that a search for a target looks at, unless a recipe says
+from llmprune.recipe.pruning import PruneStep
+from llmprune.recipe.texts import Calibration, Part
+from llmprune.recipe.training import RecoverStep
 
 _SIZE = re.compile(r"\d+(\.\d+)?[KMG]i?B", re.IGNORECASE)
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Portion(_Part):
-    """One text: its name, which part of it, and, in a mix, its share by weight.
-
-    >>> Portion(data="c4", weight=3).split is None
-    True
-    """
-
-    data: str = Field(min_length=1)
-    weight: float = Field(default=1, gt=0, allow_inf_nan=False)
-    split: str | None = None
-    config: str | None = None
-    revision: str | None = None
-    column: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _a_name_is_enough(cls, portion: Any) -> Any:
-        return {"data": portion} if isinstance(portion, str) else portion
-
-
-class Calibration(_Part):
-    """The text that statistics are learnt from, and how it is cut into windows of tokens."""
-
-    data: Annotated[
-        Annotated[str, Field(min_length=1), Tag(NAME)] | Annotated[tuple[Portion, ...], Tag(MIX)],
-        Discriminator(lambda data: MIX if isinstance(data, list | tuple) else NAME),
-    ] = "auto"
-    split: str | None = None
-    config: str | None = None
-    revision: str | None = None
-    column: str | None = None
-    num_samples: int = Field(default=128, ge=1)
-    seq_len: int | None = Field(default=None, ge=2)
-    bos: bool = False
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _one_text_is_a_mix_of_one(cls, data: object) -> object:
-        if isinstance(data, list | tuple) and not data:
-            raise ValueError("[] names no text. Type one, such as c4, or `data: [c4, ultrachat]`.")
-        return [data] if isinstance(data, dict | Portion) else data
-
-    @model_validator(mode="after")
-    def _a_mix_says_it_per_text(self) -> Self:
-        given = [name for name in PARTS if getattr(self, name) is not None]
-        if not isinstance(self.data, str) and given:
-            raise ValueError(
-                f"'{given[0]}' beside a mix belongs to none of its texts. Write it into the text "
-                f"that it is about, as in `data: [{{data: c4, weight: 3, {given[0]}: NAME}}]`."
-            )
-        return self
-
-
-class PruneStep(_Part):
-    """Which weights to remove; ``sparsity`` is the fraction removed (of N:M, 1 - N/M).
-
-    ``sparsities`` gives linears, by glob, a share of their own, and implies the allocation manual;
-    ``min_keep`` is the share of each linear that a ranking of the whole model leaves. ``solver``,
-    ``refine`` and ``repair`` take the place of the method's own; ``none`` leaves one out.
-    ``options`` are the numbers of score, allocation and repair, by name. With ``effort`` what is
-    not given follows from one dial. With ``target`` sparsity is the most that may be removed.
-    Of whole units, ``multiple`` divides the channels that stay, and ``parallel`` devices can share
-    heads and channels.
-
-    >>> PruneStep(pattern="2:4").sparsity
-    0.5
-    """
-
-    method: str = "wanda"
-    pattern: str = "unstructured"
-    target: dict[str, str] | None = None
-    sparsity: float = Field(default=None, validate_default=True)
-    group: Literal["row", "matrix", "mass"] | None = None
-    allocation: str | None = None
-    sparsities: dict[str, float] | None = Field(default=None, validate_default=True)
-    min_keep: float | None = None
-    skip: tuple[str, ...] = ()
-    propagate: Literal["pruned", "dense"] = "pruned"
-    form: Literal["auto", "masked", "shrunk"] = "auto"
-    tier: Literal["auto", "E0", "E1", "E2", "E3"] = "auto"
-    multiple: int | None = Field(default=None, ge=1)
-    parallel: int = Field(default=1, ge=1)
-    regrow: bool = False
-    effort: Literal["fast", "good", "best"] | None = None
-    solver: str | None = None
-    refine: str | None = None
-    repair: str | None = None
-    reduce: Literal["reader", "sum", "mean", "max"] | None = None
-    permute: bool = False
-    damping: float = Field(default=0.01, gt=0, le=1)
-    damp: Literal["mean", "diag"] = "mean"
-    options: dict[str, float] = Field(default_factory=dict)
-    adopt: Literal["better", "always"] = "better"
-    max_reads: int = Field(default=100, ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _dial_and_method_set_what_is_not_given(cls, step: Any) -> Any:
-        if not isinstance(step, dict):
-            return step
-        if step.get("effort") is not None:
-            step = {**beside(step), **step}
-        elif isinstance(pattern := step.get("pattern"), str):
-            step = {"method": usual_method(pattern), **step}
-        method = METHODS.get(step.get("method", "wanda"))
-        if method is not None:
-            step = {"pattern": method.pattern, "propagate": method.propagate, **step}
-        return step
-
-    @field_validator("pattern")
-    @classmethod
-    def _pattern_is_legal(cls, pattern: str) -> str:
-        if counts := _n_of_m(pattern):
-            kept, of = counts
-            if not 0 < kept < of:
-                hint = f" Did you mean '{of}:{kept}'?" if 0 < of < kept else ""
-                raise ValueError(
-                    f"'{pattern}' would keep {kept} of every {of} weights. "
-                    f"N:M keeps N of every M, with 0 < N < M, as in '2:4'.{hint}"
-                )
-        elif sides := re.fullmatch(r"(\d+)x(\d+)", pattern):
-            if int(sides[1]) * int(sides[2]) < 2:
-                raise ValueError(
-                    f"'{pattern}' is no tile. HxW removes whole tiles of H outputs by W inputs, "
-                    "as in '16x16'; for single weights type 'unstructured'."
-                )
-        elif pattern != "unstructured" and not set(pattern.split("+")) <= set(UNITS):
-            wrong = next(name for name in pattern.split("+") if name not in UNITS)
-            hint = near_match(wrong, ("unstructured", *UNITS))
-            raise UnknownName(
-                f"'{pattern}' is no pattern.{hint} There are: unstructured, N:M such as 2:4, which "
-                "keeps N of every M weights, HxW such as 16x16, which removes whole tiles of H "
-                f"outputs by W inputs, and units: {', '.join(UNITS)}, or several with a plus, such "
-                "as ffn-channels+heads."
-            )
-        return pattern
-
-    @field_validator("target", mode="before")
-    @classmethod
-    def _target_is_readable(cls, target: object, info: ValidationInfo) -> object:
-        if target is None:
-            return None
-        pairs = list(target.items()) if isinstance(target, dict) else []
-        if len(pairs) != 1 or pairs[0][0] not in TARGETS:
-            known = "; ".join(f"{key}, {what}" for key, what in TARGETS.items())
-            raise ValueError(
-                f"{target!r} is no target. Give one: {known}. Type `target: {{ppl: +5%}}` or "
-                "`--target ppl=+5%`."
-            )
-        key, text = pairs[0]
-        pattern = info.data.get("pattern", "unstructured")
-        if key == "ppl" and allowed_loss(text) is None:
-            raise ValueError(
-                f"{target!r} is no target. Of ppl it is what perplexity may rise to: type "
-                "`target: {ppl: +5%}` or `--target ppl=+5%` for a twentieth more than the dense "
-                "model's, or `ppl=12.5` for the value itself."
-            )
-        if key != "ppl":
-            amount_of(key, str(text))
-            if pattern == "unstructured" or pattern[:1].isdigit():
-                raise ValueError(
-                    f"{key} changes only where tensors get smaller, and pattern '{pattern}' leaves "
-                    "zeros in tensors of the old shape. Type --pattern ffn-channels, or others of "
-                    "whole units."
-                )
-        if _n_of_m(info.data.get("pattern", "1:2")):
-            raise ValueError(
-                f"pattern '{info.data['pattern']}' fixes the sparsity, so there is none to find. "
-                "Leave the target out, or choose pattern unstructured."
-            )
-        return {key: str(text)}
-
-    @field_validator("sparsity", mode="before")
-    @classmethod
-    def _sparsity_is_given(cls, sparsity: object, info: ValidationInfo) -> object:
-        if sparsity is not None:
-            return sparsity
-        counts = _n_of_m(info.data.get("pattern", "1:2"))  # an illegal pattern is reported itself
-        if counts is None and info.data.get("target", True):  # a wrong one is reported itself
-            return MOST
-        if counts is None:
-            raise ValueError(
-                f"missing; pattern '{info.data['pattern']}' needs the fraction to remove. "
-                "Type `sparsity: 0.5` in the recipe or `--sparsity 0.5`."
-            )
-        return 1 - counts[0] / counts[1]
-
-    @field_validator("sparsity")
-    @classmethod
-    def _sparsity_is_legal(cls, sparsity: float, info: ValidationInfo) -> float:
-        if not 0 <= sparsity < 1:
-            raise ValueError(
-                f"{sparsity:g} is not a fraction. Sparsity is the part removed, at least 0 and "
-                f"below 1; {_suggestion(sparsity)}"
-            )
-        counts = _n_of_m(info.data.get("pattern", ""))
-        if counts is None:
-            return sparsity
-        exact = 1 - counts[0] / counts[1]
-        if not math.isclose(sparsity, exact, abs_tol=1e-3):
-            raise ValueError(
-                f"{sparsity:g} contradicts pattern '{info.data['pattern']}', which keeps "
-                f"{counts[0]} of every {counts[1]} and so removes {exact:.4g}. "
-                "Leave sparsity out, or choose another pattern."
-            )
-        return exact
-
-    @field_validator("sparsities")
-    @classmethod
-    def _shares_are_legal(
-        cls, sparsities: dict[str, float] | None, info: ValidationInfo
-    ) -> dict[str, float] | None:
-        allocation = info.data.get("allocation")
-        if not sparsities:
-            if allocation == "manual" or sparsities is not None:
-                raise ValueError(
-                    "no linear is named, but allocation manual needs shares. Type for example "
-                    "`sparsities: {'*down_proj': 0.3}`; linears not named share what is left."
-                )
-            return None
-        if allocation not in (None, "manual"):
-            raise ValueError(
-                f"shares for single linears contradict allocation '{allocation}'. Leave one out."
-            )
-        for glob, share in sparsities.items():
-            if not 0 <= share < 1:
-                raise ValueError(
-                    f"{share:g} for '{glob}' is not a fraction. It is the part of the linear "
-                    f"removed, at least 0 and below 1; {_suggestion(share)}"
-                )
-        return sparsities
-
-    @field_validator("min_keep")
-    @classmethod
-    def _share_kept_is_legal(cls, share: float | None) -> float | None:
-        if share is not None and not 0 <= share < 1:
-            raise ValueError(
-                f"{share:g} is not a fraction. It is the part of each linear that stays whatever "
-                "its rank, at least 0 and below 1; type 0.05 to keep a twentieth."
-            )
-        return share
-
-    @field_validator("skip", mode="before")
-    @classmethod
-    def _one_glob_is_a_list_of_one(cls, skip: object) -> object:
-        return (skip,) if isinstance(skip, str) else skip
-
-
-class EvaluateStep(_Part):
+class EvaluateStep(Part):
     """Measure the result; ``perplexity: auto`` leaves out what the model cannot do."""
 
     perplexity: Literal["auto"] | bool = "auto"
@@ -305,7 +36,14 @@ class EvaluateStep(_Part):
         return choice
 
 
-class Step(_Part):
+KINDS: dict[str, type[Part]] = {
+    "prune": PruneStep,
+    "recover": RecoverStep,
+    "evaluate": EvaluateStep,
+}
+
+
+class Step(Part):
     """One step of a recipe: a mapping with a single key, the kind of step.
 
     >>> Step(prune={"sparsity": 0.5}).prune.method
@@ -313,14 +51,16 @@ class Step(_Part):
     """
 
     prune: PruneStep | None = None
+    recover: RecoverStep | None = None
     evaluate: EvaluateStep | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _bare_steps_take_defaults(cls, step: Any) -> Any:
         """Accept `evaluate` and `evaluate:` for `evaluate: {}`, and the steps' own models."""
-        if isinstance(step, PruneStep | EvaluateStep):
-            return {"prune" if isinstance(step, PruneStep) else "evaluate": step}
+        for name, kind in KINDS.items():
+            if isinstance(step, kind):
+                return {name: step}
         if isinstance(step, str):
             step = {step: None}
         if isinstance(step, dict):
@@ -337,8 +77,13 @@ class Step(_Part):
             )
         return self
 
+    @property
+    def writes(self) -> bool:
+        """Tell whether the step makes another model."""
+        return self.evaluate is None
 
-class Recipe(_Part):
+
+class Recipe(Part):
     """Everything a run is asked for.
 
     >>> recipe = Recipe(model="org/name", steps=[{"prune": {"sparsity": 0.5}}])
@@ -380,21 +125,15 @@ class Recipe(_Part):
 
     @field_validator("steps")
     @classmethod
-    def _one_step_prunes(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
-        positions = [index for index, step in enumerate(steps) if step.prune]
-        if not positions:
+    def _some_step_writes(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        if not any(step.writes for step in steps):
             raise ValueError("no step prunes. Add `- prune: {sparsity: 0.5}`.")
-        if len(positions) > 1:
-            raise ValueError(
-                f"steps {positions[0]} and {positions[1]} both prune; one per run is supported. "
-                "Put the second into a recipe of its own, whose `model` is the first one's `out`."
-            )
-        others = [index for index, step in enumerate(steps) if step.evaluate]
-        if len(others) > 1 or (others and others[0] < positions[0]):
-            raise ValueError(
-                f"step {others[0]} evaluates; one step after the pruning may. Measure "
-                "anything else with `llmprune eval`."
-            )
+        for index, step in enumerate(steps):
+            if not step.writes and (index == 0 or not steps[index - 1].writes):
+                raise ValueError(
+                    f"step {index} evaluates, and one step may after each that prunes or recovers. "
+                    "Measure anything else with `llmprune eval`."
+                )
         return steps
 
     @classmethod
@@ -407,10 +146,27 @@ class Recipe(_Part):
 
         return build(override(read_recipe(path), overrides))
 
+    def stages(self) -> tuple[Recipe, ...]:
+        """Return recipes of one step that writes each, with the evaluation that follows it.
+
+        Each but the first is of the model that the one before it writes.
+        """
+        starts = [index for index, step in enumerate(self.steps) if step.writes]
+        ends = [*starts[1:], len(self.steps)]
+        return tuple(
+            self.model_copy(update={"steps": self.steps[start:end]})
+            for start, end in zip(starts, ends, strict=True)
+        )
+
     @property
     def prune(self) -> PruneStep:
-        """The one step that prunes."""
+        """The first step that prunes."""
         return next(step.prune for step in self.steps if step.prune is not None)
+
+    @property
+    def recover(self) -> RecoverStep | None:
+        """The first step that recovers, if there is one."""
+        return next((step.recover for step in self.steps if step.recover is not None), None)
 
     @property
     def evaluate(self) -> EvaluateStep | None:
@@ -433,26 +189,3 @@ class Recipe(_Part):
         """Return the SHA-256 of the recipe as canonical JSON, in hexadecimal."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def allowed_loss(text: object) -> tuple[Literal["rise", "value"], float] | None:
-    """Return what a target of perplexity says: the share it may rise by, or the value it may have.
-
-    >>> allowed_loss("+5%"), allowed_loss("12.5"), allowed_loss("little")
-    (('rise', 0.05), ('value', 12.5), None)
-    """
-    found = re.fullmatch(r"\+?\s*(\d+(?:\.\d+)?)\s*(%?)", str(text).strip())
-    if found is None or float(found[1]) <= 0:
-        return None
-    return ("rise", float(found[1]) / 100) if found[2] else ("value", float(found[1]))
-
-
-def _n_of_m(pattern: str) -> tuple[int, int] | None:
-    match = re.fullmatch(r"(\d+):(\d+)", pattern)
-    return (int(match[1]), int(match[2])) if match else None
-
-
-def _suggestion(sparsity: float) -> str:
-    if 1 < sparsity < 100:
-        return f"did you mean {sparsity / 100:g}?"
-    return "type 0.5 to remove half."

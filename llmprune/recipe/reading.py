@@ -9,18 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from llmprune.base.errors import RecipeError, UnknownName
 from llmprune.recipe.dialect import load
-from llmprune.recipe.models import Calibration, EvaluateStep, Portion, PruneStep, Recipe, Step
+from llmprune.recipe.models import KINDS, Recipe, Step
+from llmprune.recipe.texts import Calibration, Part, Portion
 
-_SHORTCUTS = ("prune", "evaluate")
-_PLACES: dict[str, type[BaseModel]] = {
+_PLACES: dict[str, type[Part]] = {
     "": Recipe,
     "calibration.": Calibration,
-    "steps[0].prune.": PruneStep,
-    "steps[1].evaluate.": EvaluateStep,
+    **{f"steps[{index}].{name}.": kind for index, (name, kind) in enumerate(KINDS.items())},
 }
 
 
@@ -66,8 +65,8 @@ def build(data: Mapping[str, Any]) -> Recipe:
 def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """Return ``data`` with assignments such as ``steps[0].prune.sparsity=0.6`` applied in order.
 
-    Values are read as YAML. A path that begins with ``prune.`` or ``evaluate.`` means the first
-    step of that kind, which is added if there is none. Raises RecipeError.
+    Values are read as YAML. A path that begins with ``prune.``, ``recover.`` or ``evaluate.``
+    means the first step of that kind, which is added if there is none. Raises RecipeError.
 
     >>> override({"seed": 0}, ["seed=1", "prune.pattern=2:4"])
     {'seed': 1, 'steps': [{'prune': {'pattern': '2:4'}}]}
@@ -95,6 +94,26 @@ def default_steps() -> list[dict[str, Any]]:
     return [{"prune": {}}, {"evaluate": {}}]
 
 
+def recovery_recipe(
+    model: str,
+    wish: Mapping[str, Any],
+    top: Mapping[str, Any] | None = None,
+    settings: Sequence[str] = (),
+) -> Recipe:
+    """Make the recipe of one recovery, from the keys of its step and those of the top that are
+    given.
+
+    Raises RecipeError, or UnknownName, as `build` does.
+
+    >>> recovery_recipe("result", {"steps": 100}).recover.steps
+    100
+    """
+    step = {key: value for key, value in wish.items() if value is not None}
+    data = {"model": model, "steps": [{"recover": step}, {"evaluate": {}}]}
+    data |= {key: value for key, value in (top or {}).items() if value is not None}
+    return build(override(data, settings))
+
+
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Return one line per key whose value differs, with both values.
 
@@ -112,7 +131,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 def _assign(data: dict[str, Any], path: str, value: Any) -> None:
     parts = [part for part in re.split(r"[.\[\]]+", path) if part]
-    if parts and parts[0] in _SHORTCUTS:
+    if parts and parts[0] in KINDS:
         parts = ["steps", str(_step_of_kind(data, parts[0])), *parts]
     if not parts:
         raise RecipeError(f"'{path}' names no key. Type one such as `seed` or `prune.sparsity`.")
@@ -196,14 +215,13 @@ def _unknown_key(location: tuple[int | str, ...]) -> str:
     return f"there is no such key.{hint} The keys here: {', '.join(fields)}."
 
 
-def _model_at(location: tuple[int | str, ...]) -> type[BaseModel]:
+def _model_at(location: tuple[int | str, ...]) -> type[Part]:
     names = [part for part in location if isinstance(part, str)]
-    models: dict[str, type[BaseModel]] = {
+    models: dict[str, type[Part]] = {
         "calibration": Calibration,
         "data": Portion,
         "steps": Step,
-        "prune": PruneStep,
-        "evaluate": EvaluateStep,
+        **KINDS,
     }
     return models[names[-1]] if names else Recipe
 

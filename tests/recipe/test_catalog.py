@@ -10,7 +10,7 @@ from llmprune.allocation import ALLOCATIONS
 from llmprune.base.errors import UnknownName
 from llmprune.catalog import METHODS
 from llmprune.catalog.types import PATTERNS, WEIGHTS
-from llmprune.recipe.models import PruneStep
+from llmprune.recipe.pruning import PruneStep
 from llmprune.repair import REPAIRS
 from llmprune.score import SCORES, UNIT_SCORES, WHOLE_SCORES
 from llmprune.solver import COMPENSATIONS, REFINEMENTS, SOLVERS

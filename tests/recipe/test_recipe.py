@@ -172,7 +172,8 @@ def test_an_unknown_key_gets_its_near_match(assignment: str, hint: str) -> None:
     ("steps", "message"),
     [
         ([], "steps: no step prunes"),
-        ([{"prune": {"sparsity": 0.5}}] * 2, "steps 0 and 1 both prune; .*whose `model`"),
+        ([{"prune": {"sparsity": 0.5}}, "evaluate", "evaluate"], "step 2 evaluates, and one"),
+        (["evaluate", {"prune": {"sparsity": 0.5}}], "step 0 evaluates, and one"),
         ([{"prune": {"sparsity": 0.5}, "evaluate": {}}], r"steps\[0\]: a step has one kind"),
         ([{"prune": 3}], r"steps\[0\]\.prune: 3 is not a mapping"),
         (None, "steps: None does not fit"),

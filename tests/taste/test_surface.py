@@ -29,6 +29,7 @@ PUBLIC = [
     "plan",
     "prune",
     "push",
+    "recover",
     "rolling_perplexity",
     "run",
 ]
@@ -59,7 +60,9 @@ FLAGS = [
     "--trust-remote-code",
     "--version",
 ]
-COMMANDS = ["bench", "eval", "export", "gate", "inspect", "methods", "plan", "push", "show"]
+COMMANDS = [
+    *("bench", "eval", "export", "gate", "inspect", "methods", "plan", "push", "recover", "show"),
+]
 EVAL_FLAGS = [
     "--apply-chat-template",
     "--baseline",

@@ -1,0 +1,43 @@
+"""A wish to train what was cut, and what is wrong with one."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmprune.recipe.texts import Texts
+
+
+class RecoverStep(Texts):
+    """Train a pruned model on; what was removed stays removed.
+
+    ``method`` auto is mask-lora where masks are stored, and lora where tensors got smaller. A step
+    of the optimizer reads ``batch`` sequences of ``seq_len`` tokens, ``micro_batch`` at once in
+    each process. ``data`` auto is the calibration text. What ``rank``, ``alpha`` and
+    ``learning_rate`` leave out is the method's own. ``norms`` trains those beside the method's
+    weights. With ``masks: zeros`` what is zero counts as removed: for models that others pruned.
+
+    >>> RecoverStep(steps=200).method
+    'auto'
+    """
+
+    method: str = "auto"
+    seq_len: int | None = Field(default=None, ge=2)
+    bos: bool = False
+    steps: int = Field(default=400, ge=1)
+    batch: int = Field(default=8, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0, le=1)
+    decay: Literal["linear", "cosine", "wsd", "constant"] = "cosine"
+    warm_up: float = Field(default=0.1, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0, lt=1)
+    clip: float = Field(default=1.0, gt=0)
+    rank: int | None = Field(default=None, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    norms: bool | None = None
+    masks: Literal["stored", "zeros"] = "stored"
+    checkpointing: Literal["auto"] | bool = "auto"
+    evaluate_every: int | None = Field(default=None, ge=1)
+    save_every: int | None = Field(default=None, ge=1)
+    keep_adapter: bool = False

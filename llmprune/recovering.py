@@ -1,0 +1,460 @@
+"""A recovery from beginning to end: open, train, merge, prove, evaluate, publish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings, simplefilter
+
+import torch
+
+from llmprune import __version__
+from llmprune.base.errors import CheckpointError, LlmpruneError, NumericalError
+from llmprune.base.memory import anonymous_bytes
+from llmprune.base.progress import Progress
+from llmprune.calibration.heldout import evaluation_text
+from llmprune.calibration.mix import window_record
+from llmprune.calibration.selection import evaluation_data
+from llmprune.calibration.windows import token_hash
+from llmprune.checkpoint.sink import write_json, write_tensors
+from llmprune.checkpoint.source import Source, check_free_space, open_folder, read_json
+from llmprune.delivery.gate import clean_scratch, gate_tokens, pass_gate
+from llmprune.engine.calibrating import leaked_share
+from llmprune.engine.opening import open_origin, read_tokenizer
+from llmprune.engine.plan import sequence_length
+from llmprune.engine.records import OWN, Records, check_out, check_same_run
+from llmprune.evaluation.perplexity import Question, loss_of_blocks, pose
+from llmprune.recovery.attaching import Trainee, attach
+from llmprune.recovery.bank import Bank, bank_of_zeros, stored_bank
+from llmprune.recovery.examples import Examples, examples_of, read_examples, with_text_of
+from llmprune.recovery.loop import History, train
+from llmprune.recovery.planning import DENSE, MASKED, RecoverPlan, fixes, open_recovery
+from llmprune.recovery.saved import Saved
+from llmprune.recovery.writing import write_trained
+from llmprune.report.run import Report
+from llmprune.walk.forward import embed, logits, walk
+from llmprune.walk.resident import in_memory
+from llmprune.walk.streamed import Streamed, stream
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from llmprune.recipe import Recipe
+
+SAME = 1e-5  # of the largest logit: how far a merged float32 model may be from the trained one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """How far the merged model is from the one that was trained, on the gate's tokens.
+
+    `exact` is before the weights are rounded to what is stored, `stored` after.
+    """
+
+    exact: float
+    stored: float
+    kl: float
+
+    def text(self) -> str:
+        """Return the numbers as a person reads them."""
+        return (
+            f"{self.exact:.1e} of the largest logit in float32, {self.stored:.1e} as stored "
+            f"(KL {self.kl:.1e})"
+        )
+
+
+def run_recovery(
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    tokens: Tensor | None = None,
+    overwrite: bool = False,
+    chain: Mapping[str, Any] | None = None,
+) -> Report | None:
+    """Train what a recipe says and publish the result; None in all processes but the first.
+
+    `tokens` (N, T) int64 take the place of the text. The same call again goes on where an earlier
+    one stopped. `chain` is the recipe that this is a stage of, for the result's record.
+
+    Raises:
+        LlmpruneError: nothing is published, and the source is as it was.
+    """
+    accelerator = _accelerator(recipe)
+    plan = open_recovery(recipe, num_processes=accelerator.num_processes)
+    if not accelerator.is_main_process:
+        progress = Progress("quiet")
+        _train_along(plan, tokens, accelerator, progress)
+        return None
+    records = Records(out=plan.out)
+    unfinished = None if overwrite else records.run()
+    overwrite = overwrite or records.replaces
+    finished = not overwrite and (plan.out / OWN / "report.json").exists()
+    if not finished:
+        check_out(plan.out, plan.source.folder, overwrite=overwrite)
+    with records.lock():
+        text, record, leak = _text(plan, records, progress, unfinished, tokens)
+        fixed = dict(fixes(plan, token_hash(text.ids_NT), accelerator.num_processes))
+        fixed |= {"chain": dict(chain)} if chain else {}
+        if finished:
+            _check_finished(plan.out, fixed)
+            progress.note(f"{plan.out} already holds this result; nothing to do")
+            return Report.read(plan.out)
+        if unfinished is not None:
+            check_same_run(unfinished, fixed, f"{records.partial} holds the beginning")
+            fixed["micro_batch"] = unfinished["micro_batch"]
+        else:
+            check_free_space(plan.out, 2 * plan.source.num_bytes, "the result")
+            records.discard()
+            records.begin(fixed, replaces=overwrite)
+        write_tensors(_tokens_file(records), {"tokens": text.ids_NT, "targets": text.targets_NT})
+        progress.bind(records.own / "events.jsonl")
+        try:
+            report = _carry_out(plan, records, fixed, text, progress, accelerator)
+            report.data["calibration"] = record | {"leak": leak}  # type: ignore[index]
+            write_json(records.own / "report.json", report.data)
+            records.publish(overwrite=overwrite)
+        except LlmpruneError:
+            if unfinished is None and Saved(folder=_saved(records)).newest() is None:
+                records.discard()
+            raise
+    progress.bind(plan.out / OWN / "events.jsonl")
+    progress.event("published", out=str(plan.out))
+    return report
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    """Return what knows processes and devices."""
+    from accelerate import Accelerator
+
+    on_cpu = recipe.device == "cpu" or (
+        recipe.device == "auto" and not torch.cuda.is_available()
+        and not torch.backends.mps.is_available()
+    )  # fmt: skip
+    if recipe.device.startswith("cuda:"):
+        torch.cuda.set_device(torch.device(recipe.device))
+    return Accelerator(cpu=on_cpu)
+
+
+def _carry_out(
+    plan: RecoverPlan,
+    records: Records,
+    fixed: Mapping[str, Any],
+    examples: Examples,
+    progress: Progress,
+    accelerator: Accelerator,
+) -> Report:
+    """Train, merge, prove and evaluate in the partial folder; return the report."""
+    seconds: dict[str, float] = {}
+    torch.set_num_threads(int(fixed["threads"]))
+    clean_scratch(records.partial)
+    question = _question(plan, progress)
+    with _timed(seconds, "load"):
+        trainee, bank = _open(plan, accelerator)
+    with _timed(seconds, "train"):
+        history = _train(plan, trainee, examples, records, progress, accelerator)
+    with _timed(seconds, "merge"):
+        hashes, merge = _merge(plan, trainee, bank, records)
+    progress.event("merged", **asdict(merge))
+    with _timed(seconds, "gate"), progress.stage("gate", 1) as stage:
+        verdict = pass_gate(
+            records.partial,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            source=plan.source,
+            attention=None if plan.recipe.attention == "auto" else plan.recipe.attention,
+            trust_remote_code=plan.trust,
+        )
+        stage.advance("loads in a fresh process")
+    quality = None
+    if question is not None:
+        with _timed(seconds, "evaluate"):
+            quality = _evaluate(plan, records.partial, question, progress)
+    before = plan.source.folder / OWN / "report.json"
+    earlier = read_json(before) if before.exists() else {}
+    data = _report(plan, earlier, fixed, history, merge, seconds, progress)
+    data |= {"gate": verdict.to_dict() | {"folder": str(plan.out)}, "perplexity": quality}
+    return Report(data | {"files": hashes})
+
+
+def _train_along(
+    plan: RecoverPlan, tokens: Tensor | None, accelerator: Accelerator, progress: Progress
+) -> None:
+    """Take part in the training of the first process."""
+    records = Records(out=plan.out)
+    accelerator.wait_for_everyone()
+    if not records.own.exists():
+        return  # the first process had nothing to do
+    from safetensors.torch import load_file
+
+    text = load_file(_tokens_file(records))
+    examples = examples_of(text["tokens"], seed=plan.recipe.seed, targets_NT=text["targets"])
+    trainee, _ = _open(plan, accelerator)
+    _train(plan, trainee, examples, records, progress, accelerator, waits=False)
+
+
+def _open(plan: RecoverPlan, accelerator: Accelerator) -> tuple[Trainee, Bank]:
+    """Load the model, its masks, and put into it what is trained."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        plan.source.folder, dtype=plan.dtype, trust_remote_code=plan.trust
+    )
+    model.config.use_cache = False
+    model.to(accelerator.device)
+    torch.manual_seed(plan.recipe.seed)
+    with in_memory(model) as blocks, catch_warnings():
+        simplefilter("ignore", FutureWarning)  # of peft about transformers
+        if plan.wish.masks == "zeros":
+            bank = bank_of_zeros(blocks)
+        else:
+            bank = stored_bank(plan.source.folder, blocks)
+        if plan.form == MASKED:
+            _check_bank(plan, model, bank)
+        trainee = attach(blocks, bank, plan.row, rank=plan.rank, alpha=plan.alpha, norms=plan.norms)
+    model.eval()
+    if plan.checkpointing:
+        _checkpoint(model, plan.blocks.family.blocks)
+    return trainee, bank
+
+
+def _check_bank(plan: RecoverPlan, model: Any, bank: Bank) -> None:
+    """Check that removed weights are zero before anything is trained.
+
+    Raises:
+        CheckpointError: they are not; something else was merged into the folder.
+    """
+    found = dict(bank.violations(dict(model.named_parameters())))
+    if found:
+        name = min(found)
+        raise CheckpointError(
+            f"{plan.source.name}: {name} has {found[name]} numbers where its mask says removed. "
+            "The folder was changed after pruning (merged, fine-tuned or quantised); prune it "
+            "again."
+        )
+
+
+def _checkpoint(model: Any, path: str) -> None:
+    """Let blocks be computed again in the backward pass; what is in them stays in evaluation."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    for block in model.get_submodule(path):
+        block.training = True
+
+
+def _train(
+    plan: RecoverPlan,
+    trainee: Trainee,
+    examples: Examples,
+    records: Records,
+    progress: Progress,
+    accelerator: Accelerator,
+    *,
+    waits: bool = True,
+) -> History:
+    """Train to the last step, from the newest saved state where there is one."""
+    saved = Saved(folder=_saved(records))
+    if waits:  # the folder is ready for the others
+        accelerator.wait_for_everyone()
+    newest = saved.newest()
+    if newest is not None:
+        progress.note(f"recover: going on after step {newest['step']}")
+    return train(trainee, examples, plan.course, saved, progress, accelerator, resume=newest)
+
+
+def _merge(
+    plan: RecoverPlan, trainee: Trainee, bank: Bank, records: Records
+) -> tuple[dict[str, str], Merge]:
+    """Put what was trained into the weights, write them, and compare before and after.
+
+    Raises:
+        NumericalError: the merged model computes something else than the trained one.
+    """
+    tokens = gate_tokens(plan.blocks.model.config)
+    trainee.model.to("cpu").float()
+    bank = Bank(keeps={name: keep.cpu() for name, keep in bank.keeps.items()})
+    trained = _logits(trainee.model, tokens)
+    if plan.wish.keep_adapter and trainee.model is not trainee.plain:
+        trainee.save_adapter(records.own / "adapter")
+    model = trainee.merged()
+    exact = _relative(_logits(model, tokens), trained)
+    if plan.row.adapter != "lora-prune" and not exact <= SAME:
+        raise NumericalError(
+            f"recover: the merged model differs from the trained one by {exact:.1e} of the largest "
+            "logit. The result is not published; please report the model's config."
+        )
+    hashes = write_trained(plan.source, model, trainee.touched, bank, records.partial)
+    written = _stored_logits(plan, records.partial, tokens)
+    log_p, log_q = trained.log_softmax(-1), written.log_softmax(-1)
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    return hashes, Merge(exact=exact, stored=_relative(written, trained), kl=kl)
+
+
+def _logits(model: Any, tokens_NT: Tensor) -> Tensor:
+    """Return the logits (N, T, V) of a model in memory, float32."""
+    with torch.no_grad():
+        found: Tensor = model(input_ids=tokens_NT, use_cache=False).logits.float()
+    return found
+
+
+def _stored_logits(plan: RecoverPlan, folder: Path, tokens_NT: Tensor) -> Tensor:
+    """Return the logits (N, T, V) of a folder, computed in float32."""
+    blocks = _blocks_of(plan, open_folder(folder))
+    flow = embed(blocks, tokens_NT, len(tokens_NT))
+    walk(blocks, flow)
+    return torch.cat([part.float().cpu() for _, _, part in logits(blocks, flow)], 1)
+
+
+def _blocks_of(plan: RecoverPlan, source: Source) -> Streamed:
+    """Open a folder of the same shape as the one that is recovered, to compute in float32."""
+    cpu = torch.device("cpu")
+    return stream(source, plan.blocks.skeleton, device=cpu, dtype=torch.float32)
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference over the largest logit."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def _text(
+    plan: RecoverPlan,
+    records: Records,
+    progress: Progress,
+    unfinished: Mapping[str, Any] | None,
+    tokens: Tensor | None,
+) -> tuple[Examples, dict[str, Any], float | None]:
+    """Return what is trained on, what a report says of it, and how much of it is evaluated on.
+
+    An unfinished run goes on with the windows that it kept.
+    """
+    seed = plan.recipe.seed
+    if tokens is not None:
+        return examples_of(tokens, seed=seed), window_record("token ids", tokens), None
+    tokenizer = read_tokenizer(plan.source, plan.recipe)
+    wanted = with_text_of(plan.recipe, plan.wish, plan.seq_len)
+    examples, found = read_examples(wanted, tokenizer, seq_len=plan.seq_len)
+    for notice in found.notices:
+        progress.note(notice.replace("calibration uses", "recover trains on"))
+    question = _question(plan, Progress("quiet"))
+    asked = question.windows.inputs_NT if question else None
+    return examples, dict(found.record), leaked_share(examples.ids_NT, asked, progress)
+
+
+def _question(plan: RecoverPlan, progress: Progress) -> Question | None:
+    """Return what dense, pruned and recovered models will be asked for their perplexity."""
+    wish = plan.recipe.evaluate
+    if wish is None or wish.perplexity is False:
+        return None
+    data = evaluation_data(plan.recipe)
+    try:
+        tokenizer = read_tokenizer(plan.source, plan.recipe)
+        return pose(
+            evaluation_text(data, tokenizer=tokenizer),
+            tokenizer,
+            data=data,
+            seq_len=sequence_length(plan.recipe, plan.blocks.model.config),
+            stride=wish.stride,
+            num_windows=wish.num_windows,
+            bos=wish.bos,
+        )
+    except LlmpruneError as error:
+        if wish.perplexity is True:
+            raise
+        progress.warn(f"perplexity is not measured: {error}")
+        return None
+
+
+def _evaluate(
+    plan: RecoverPlan, folder: Path, question: Question, progress: Progress
+) -> dict[str, Any] | None:
+    """Return the perplexity of the dense model where it still lies, before and after."""
+    sides: dict[str, Streamed | None] = {
+        "dense": open_origin(plan.source, plan.recipe, torch.float32),
+        "before": _blocks_of(plan, plan.source),
+        "pruned": _blocks_of(plan, open_folder(folder)),
+    }
+    found = {}
+    with progress.stage("perplexity", len(sides)) as stage:
+        for name, blocks in sides.items():
+            if blocks is None:
+                stage.advance(name)
+                continue
+            try:
+                loss = loss_of_blocks(blocks, *question.windows)
+            except LlmpruneError as error:
+                progress.warn(f"perplexity is not measured: {error}")
+                return None
+            found[name] = asdict(question.answer(*loss, dtype=torch.float32))
+            stage.advance(name, perplexity=found[name]["value"])
+    return found
+
+
+def _check_finished(out: Path, fixed: Mapping[str, Any]) -> None:
+    """Check that a finished result is what is asked for.
+
+    Raises:
+        RecipeError: it is the result of another recipe, source or text.
+    """
+    open_folder(out)
+    before = read_json(out / OWN / "run.json")
+    keys = ("recipe", "source", "tokens")
+    check_same_run(
+        {key: before.get(key) for key in keys},
+        {key: fixed[key] for key in keys},
+        f"{out} holds the result",
+    )
+
+
+def _report(
+    plan: RecoverPlan,
+    earlier: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    history: History,
+    merge: Merge,
+    seconds: Mapping[str, float],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return what report.json holds: the report of the pruned model, and what training did."""
+    own = {
+        "llmprune": __version__,
+        "out": str(plan.out),
+        "run": dict(fixed),
+        "seconds": dict(seconds),
+        "peak_memory": anonymous_bytes(),
+        "resumed_after": None,
+        "warnings": list(progress.warnings),
+    }
+    recovered = {**plan.data(), "history": history.to_dict(), "merge": asdict(merge)}
+    return {**BARE, **earlier, **own, "recovery": [*earlier.get("recovery", ()), recovered]}
+
+
+BARE: dict[str, Any] = {
+    **dict.fromkeys(("model", "method", "pattern"), ""),
+    **dict.fromkeys(("sparsity", "sparsity_of_all"), 0.0),
+    **dict.fromkeys(("blocks", "skipped"), ()),
+    "form": DENSE,
+}  # of a model that llmprune did not prune
+
+
+def _saved(records: Records) -> Path:
+    return records.own / "records" / "saved"
+
+
+def _tokens_file(records: Records) -> Path:
+    return records.own / "records" / "tokens.safetensors"
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Time a stage of the run."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = round(time.perf_counter() - start, 3)
