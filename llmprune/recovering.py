@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from warnings import catch_warnings, simplefilter
 
 import torch
 
 from llmprune import __version__
-from llmprune.base.errors import CheckpointError, LlmpruneError, NumericalError
+from llmprune.base.errors import LlmpruneError, NumericalError
 from llmprune.base.memory import anonymous_bytes
 from llmprune.base.progress import Progress
 from llmprune.calibration.heldout import evaluation_text
@@ -28,23 +27,31 @@ from llmprune.engine.opening import open_origin, read_tokenizer
 from llmprune.engine.plan import sequence_length
 from llmprune.engine.records import OWN, Records, check_out, check_same_run
 from llmprune.evaluation.perplexity import Question, loss_of_blocks, pose
-from llmprune.recovery.attaching import Trainee, attach
-from llmprune.recovery.bank import Bank, bank_of_zeros, stored_bank
+from llmprune.recipe import PruneStep, Recipe, Step
+from llmprune.recovery.bank import Bank
 from llmprune.recovery.examples import Examples, examples_of, read_examples, with_text_of
 from llmprune.recovery.loop import History, train
-from llmprune.recovery.planning import DENSE, MASKED, RecoverPlan, fixes, open_recovery
+from llmprune.recovery.objective import Objective
+from llmprune.recovery.planning import DENSE, RecoverPlan, fixes, open_recovery
 from llmprune.recovery.saved import Saved
-from llmprune.recovery.writing import write_trained
+from llmprune.recovery.scheduling import keeps_by_linear, keeps_by_param, shaping_of
+from llmprune.recovery.shaping import Cut
+from llmprune.recovery.student import (
+    Student,
+    fill_teacher,
+    objective_of,
+    open_student,
+    sparsity_facts,
+)
+from llmprune.recovery.writing import write_masks, write_trained
 from llmprune.report.run import Report
+from llmprune.steps import run_resident
 from llmprune.walk.forward import embed, logits, walk
-from llmprune.walk.resident import in_memory
 from llmprune.walk.streamed import Streamed, stream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
-
-    from llmprune.recipe import Recipe
 
 SAME = 1e-5  # of the largest logit: how far a merged float32 model may be from the trained one
 
@@ -130,6 +137,7 @@ def run_recovery(
 def _accelerator(recipe: Recipe) -> Accelerator:
     """Return what knows processes and devices."""
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
 
     on_cpu = recipe.device == "cpu" or (
         recipe.device == "auto" and not torch.cuda.is_available()
@@ -137,7 +145,9 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     )  # fmt: skip
     if recipe.device.startswith("cuda:"):
         torch.cuda.set_device(torch.device(recipe.device))
-    return Accelerator(cpu=on_cpu)
+    return Accelerator(
+        cpu=on_cpu, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
+    )
 
 
 def _carry_out(
@@ -153,12 +163,15 @@ def _carry_out(
     torch.set_num_threads(int(fixed["threads"]))
     clean_scratch(records.partial)
     question = _question(plan, progress)
+    if plan.wish.distill:
+        with _timed(seconds, "teacher"):
+            fill_teacher(plan, examples, _teacher(records), progress)
     with _timed(seconds, "load"):
-        trainee, bank = _open(plan, accelerator)
+        student = open_student(plan, accelerator.device)
     with _timed(seconds, "train"):
-        history = _train(plan, trainee, examples, records, progress, accelerator)
+        history = _train(plan, student, examples, records, progress, accelerator)
     with _timed(seconds, "merge"):
-        hashes, merge = _merge(plan, trainee, bank, records)
+        hashes, merge = _merge(plan, student, records)
     progress.event("merged", **asdict(merge))
     with _timed(seconds, "gate"), progress.stage("gate", 1) as stage:
         verdict = pass_gate(
@@ -177,6 +190,8 @@ def _carry_out(
     before = plan.source.folder / OWN / "report.json"
     earlier = read_json(before) if before.exists() else {}
     data = _report(plan, earlier, fixed, history, merge, seconds, progress)
+    if plan.wish.prune is not None:
+        data |= sparsity_facts(plan, student)
     data |= {"gate": verdict.to_dict() | {"folder": str(plan.out)}, "perplexity": quality}
     return Report(data | {"files": hashes})
 
@@ -193,64 +208,13 @@ def _train_along(
 
     text = load_file(_tokens_file(records))
     examples = examples_of(text["tokens"], seed=plan.recipe.seed, targets_NT=text["targets"])
-    trainee, _ = _open(plan, accelerator)
-    _train(plan, trainee, examples, records, progress, accelerator, waits=False)
-
-
-def _open(plan: RecoverPlan, accelerator: Accelerator) -> tuple[Trainee, Bank]:
-    """Load the model, its masks, and put into it what is trained."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        plan.source.folder, dtype=plan.dtype, trust_remote_code=plan.trust
-    )
-    model.config.use_cache = False
-    model.to(accelerator.device)
-    torch.manual_seed(plan.recipe.seed)
-    with in_memory(model) as blocks, catch_warnings():
-        simplefilter("ignore", FutureWarning)  # of peft about transformers
-        if plan.wish.masks == "zeros":
-            bank = bank_of_zeros(blocks)
-        else:
-            bank = stored_bank(plan.source.folder, blocks)
-        if plan.form == MASKED:
-            _check_bank(plan, model, bank)
-        trainee = attach(blocks, bank, plan.row, rank=plan.rank, alpha=plan.alpha, norms=plan.norms)
-    model.eval()
-    if plan.checkpointing:
-        _checkpoint(model, plan.blocks.family.blocks)
-    return trainee, bank
-
-
-def _check_bank(plan: RecoverPlan, model: Any, bank: Bank) -> None:
-    """Check that removed weights are zero before anything is trained.
-
-    Raises:
-        CheckpointError: they are not; something else was merged into the folder.
-    """
-    found = dict(bank.violations(dict(model.named_parameters())))
-    if found:
-        name = min(found)
-        raise CheckpointError(
-            f"{plan.source.name}: {name} has {found[name]} numbers where its mask says removed. "
-            "The folder was changed after pruning (merged, fine-tuned or quantised); prune it "
-            "again."
-        )
-
-
-def _checkpoint(model: Any, path: str) -> None:
-    """Let blocks be computed again in the backward pass; what is in them stays in evaluation."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
-    for block in model.get_submodule(path):
-        block.training = True
+    student = open_student(plan, accelerator.device)
+    _train(plan, student, examples, records, progress, accelerator, waits=False)
 
 
 def _train(
     plan: RecoverPlan,
-    trainee: Trainee,
+    student: Student,
     examples: Examples,
     records: Records,
     progress: Progress,
@@ -265,20 +229,53 @@ def _train(
     newest = saved.newest()
     if newest is not None:
         progress.note(f"recover: going on after step {newest['step']}")
-    return train(trainee, examples, plan.course, saved, progress, accelerator, resume=newest)
+    objective = Objective()
+    if plan.wish.distill:
+        objective = objective_of(plan, examples, _teacher(records))
+        objective.watch(student.blocks.modules)
+    shaping = shaping_of(plan, student.trainee, student.blocks, _cutter(plan, student, examples))
+    return train(
+        *(student.trainee, examples, plan.course, saved, progress, accelerator),
+        objective=objective,
+        shaping=shaping,
+        resume=newest,
+    )
 
 
-def _merge(
-    plan: RecoverPlan, trainee: Trainee, bank: Bank, records: Records
-) -> tuple[dict[str, str], Merge]:
+def _cutter(plan: RecoverPlan, student: Student, examples: Examples) -> Cut:
+    """Return what prunes the model in memory as it is, by the recipe's wish and what differs."""
+    trainee, blocks, wish = student.trainee, student.blocks, plan.wish.prune
+    tokens = examples.ids_NT[: min(len(examples), plan.recipe.calibration.num_samples)]
+
+    def cut(differs: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        assert wish is not None
+        given = wish.model_dump(exclude_defaults=True) | {"form": "masked"} | dict(differs)
+        if "pattern" in differs:
+            given.pop("sparsity", None)
+        recipe = plan.recipe.model_copy(update={"steps": (Step(prune=PruneStep(**given)),)})
+        held = {} if wish.regrow or plan.wish.regrow else dict(trainee.held)
+        report = run_resident(
+            trainee.plain,
+            recipe,
+            Progress("quiet"),
+            tokens=tokens,
+            prior=lambda index: keeps_by_linear(held, blocks, index),
+        )
+        return keeps_by_param(report.masks, trainee, blocks)
+
+    return cut
+
+
+def _merge(plan: RecoverPlan, student: Student, records: Records) -> tuple[dict[str, str], Merge]:
     """Put what was trained into the weights, write them, and compare before and after.
 
     Raises:
         NumericalError: the merged model computes something else than the trained one.
     """
-    tokens = gate_tokens(plan.blocks.model.config)
+    tokens, trainee = gate_tokens(plan.blocks.model.config), student.trainee
     trainee.model.to("cpu").float()
-    bank = Bank(keeps={name: keep.cpu() for name, keep in bank.keeps.items()})
+    keeps = trainee.held if plan.wish.prune is not None else student.bank.keeps
+    bank = Bank(keeps={name: keep.cpu() for name, keep in keeps.items()})
     trained = _logits(trainee.model, tokens)
     if plan.wish.keep_adapter and trainee.model is not trainee.plain:
         trainee.save_adapter(records.own / "adapter")
@@ -290,6 +287,10 @@ def _merge(
             "logit. The result is not published; please report the model's config."
         )
     hashes = write_trained(plan.source, model, trainee.touched, bank, records.partial)
+    if plan.wish.prune is not None:
+        blocks = student.blocks
+        found = {i: keeps_by_linear(bank.keeps, blocks, i) for i in range(len(blocks))}
+        write_masks(records.partial, found)
     written = _stored_logits(plan, records.partial, tokens)
     log_p, log_q = trained.log_softmax(-1), written.log_softmax(-1)
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
@@ -444,6 +445,10 @@ BARE: dict[str, Any] = {
 
 def _saved(records: Records) -> Path:
     return records.own / "records" / "saved"
+
+
+def _teacher(records: Records) -> Path:
+    return records.own / "records" / "teacher"
 
 
 def _tokens_file(records: Records) -> Path:

@@ -231,10 +231,18 @@ def _carry_out(
             "files": made.files,
         }
         | ({"target": _reached(plan, quality, progress)} if plan.target else {})
+        | _recoveries(opened)
     )
     report.data["gate"]["folder"] = str(plan.out)
     write_json(records.own / "report.json", report.data)
     return report
+
+
+def _recoveries(opened: Opened) -> dict[str, Any]:
+    """Return what the source was trained by before, for the report of what is made of it."""
+    path = opened.source.folder / OWN / "report.json"
+    found = read_json(path).get("recovery") if path.exists() else None
+    return {"recovery": found} if found else {}
 
 
 class Made(NamedTuple):
@@ -345,8 +353,11 @@ def run_resident(
     tokens: Tensor | None = None,
     tokenizer: Any = None,
     texts: Sequence[str] | None = None,
+    prior: Callable[[int], Mapping[str, Tensor]] = lambda index: {},
 ) -> Report:
     """Prune a model in memory, in place, through the same loop; nothing is written.
+
+    `prior` gives, by block, the masks of what was removed before.
 
     Raises:
         LlmpruneError: the wish cannot be met.
@@ -389,7 +400,9 @@ def run_resident(
         def fresh(tokens_NT: Tensor) -> Stream:
             return embed(blocks, tokens_NT, plan.estimate.micro_batch, place=plan.estimate.place)
 
-        around = Surroundings(blocks=blocks, progress=progress, tokens_NT=tokens, embed=fresh)
+        around = Surroundings(
+            blocks=blocks, progress=progress, tokens_NT=tokens, embed=fresh, prior=prior
+        )
         with _stage(seconds, "survey") if plan.surveys else nullcontext():
             plan, gradients = before_the_cut(plan, around)
         plan = _shipped_in_memory(plan, blocks)
@@ -398,7 +411,12 @@ def run_resident(
         dense = fresh(tokens) if tokens is not None and plan.parts.dense else None
         keeper = MemoryKeeper()
         with _stage(seconds, "cut"):
-            rows, _ = cut(plan, blocks, flow, keeper, progress, gradients=gradients, dense=dense)
+            rows, _ = cut(
+                *(plan, blocks, flow, keeper, progress),
+                prior=prior,
+                gradients=gradients,
+                dense=dense,
+            )
         blocks.drop_blocks()
         assert plan.shipment is not None
         blocks.complete_biases(plan.shipment.skeleton)

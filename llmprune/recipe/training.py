@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from llmprune.recipe.pruning import PruneStep
 from llmprune.recipe.texts import Texts
 
 
@@ -17,6 +18,13 @@ class RecoverStep(Texts):
     each process. ``data`` auto is the calibration text. What ``rank``, ``alpha`` and
     ``learning_rate`` leave out is the method's own. ``norms`` trains those beside the method's
     weights. With ``masks: zeros`` what is zero counts as removed: for models that others pruned.
+    ``distill`` draws the model towards the dense one it was made from, by its ``distill_top`` most
+    likely tokens. The teacher's share of the loss is ``distill_weight``; without one it follows
+    from ``data_fraction``, the share that the text is of what the dense model was trained on.
+
+    ``prune`` removes weights while all are trained, by ``schedule`` over a ``window`` of the run,
+    every so many steps. ``regrow`` exchanges weights meanwhile, ``soft`` lets them fade, and
+    ``rewind`` goes back, after each of ``rounds`` cuts, to the first weights or rate.
 
     >>> RecoverStep(steps=200).method
     'auto'
@@ -41,3 +49,17 @@ class RecoverStep(Texts):
     evaluate_every: int | None = Field(default=None, ge=1)
     save_every: int | None = Field(default=None, ge=1)
     keep_adapter: bool = False
+    distill: str | None = None
+    distill_weight: float | None = Field(default=None, gt=0, le=1)
+    distill_top: int = Field(default=64, ge=1)
+    data_fraction: float = Field(default=0.0, ge=0, le=1)
+    prune: PruneStep | None = None
+    schedule: str = "cubic"
+    window: tuple[float, float] | None = None
+    every: int = Field(default=10, ge=1)
+    rounds: int = Field(default=5, ge=1)
+    regrow: str | None = None
+    grow_from: Literal["zero", "dense"] = "dense"
+    soft: str | None = None
+    rewind: Literal["none", "weights", "rate"] = "none"
+    options: dict[str, float] = Field(default_factory=dict)

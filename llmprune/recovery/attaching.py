@@ -34,7 +34,7 @@ class Trainee:
     model: Any
     plain: Any
     params: Mapping[str, nn.Parameter]
-    held: Mapping[str, Tensor]
+    held: dict[str, Tensor]
     touched: frozenset[str]
 
     @property

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
-from llmprune.base.errors import NumericalError, RecipeError
+from llmprune.base.errors import NumericalError
 from llmprune.base.progress import Progress
 from llmprune.evaluation.windows import IGNORED
 from llmprune.recovery.attaching import Trainee
 from llmprune.recovery.examples import Examples
+from llmprune.recovery.objective import Objective, next_token_loss
 from llmprune.recovery.rates import rate_factor
 from llmprune.recovery.saved import Saved
+from llmprune.recovery.shaping import Shaping
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,44 +50,13 @@ class Course:
     clip: float
     evaluate_every: int
     save_every: int
+    rounds: int = 1
 
-
-class Companion(Protocol):
-    """What else happens in training: masks that move, weights that fade, a teacher."""
-
-    def loss(self, output: Any, windows: Sequence[int], targets_BT: Tensor) -> Tensor:
-        """Return the loss of a micro-batch, summed over the tokens that are asked for."""
-
-    def before_update(self, step: int) -> None:
-        """See gradients before the optimizer does."""
-
-    def after_update(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """See weights after the optimizer; `step` steps are finished."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what a resumed run needs beside weights and moments."""
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned."""
-
-
-class Alone:
-    """No companion: the loss of the next token, and nothing else."""
-
-    def loss(self, output: Any, windows: Sequence[int], targets_BT: Tensor) -> Tensor:
-        return next_token_loss(output.logits, targets_BT)
-
-    def before_update(self, step: int) -> None:
-        pass
-
-    def after_update(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        pass
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        pass
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step; it runs its course anew in each of equal rounds."""
+        length = -(-self.steps // self.rounds)
+        place, own = step % length, min(length, self.steps - step // length * length)
+        return self.learning_rate * rate_factor(place, own, self.decay, self.warm_up)
 
 
 @dataclass(kw_only=True)
@@ -99,15 +69,8 @@ class History:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        return vars(self).copy()
-
-
-def next_token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Return the negative log-likelihood of targets in nats, summed, in float32."""
-    return cross_entropy(
-        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED,
-        reduction="sum",
-    )  # fmt: skip
+        pairs = {key: [list(pair) for pair in getattr(self, key)] for key in ("training", "held")}
+        return vars(self) | pairs
 
 
 def train(
@@ -117,15 +80,16 @@ def train(
     saved: Saved,
     progress: Progress,
     accelerator: Accelerator,
-    companion: Companion | None = None,
+    objective: Objective | None = None,
+    shaping: Shaping | None = None,
     resume: Mapping[str, Any] | None = None,
 ) -> History:
-    """Train, or go on from a saved state, to the last step.
+    """Train, or go on from a saved state, to the last step; `shaping` moves masks on the way.
 
     Raises:
         NumericalError: the loss is not finite; the last saved state stays.
     """
-    companion = companion or Alone()
+    objective = objective or Objective()
     optimizer = torch.optim.AdamW(
         list(trainee.params.values()),
         lr=course.learning_rate,
@@ -134,9 +98,14 @@ def train(
     )
     history, first = History(), 0
     if resume is not None:
-        companion.restore(saved.restore(resume, trainee.params, optimizer))
+        masks = saved.restore(resume, trainee.params, optimizer)
         history, first = _history(resume["history"]), int(resume["step"])
-    run = _Run(trainee, examples, course, accelerator, companion)
+        objective.scale = resume["scale"]
+        if shaping is not None:
+            shaping.restore(masks)
+    if shaping is not None:
+        shaping.begin(optimizer)
+    run = _Run(trainee, examples, course, accelerator, objective, shaping)
     if first == 0:
         history.held.append((0, run.held_loss()))
     with progress.stage("recover", course.steps) as stage:
@@ -157,10 +126,13 @@ def train(
             if accelerator.is_main_process and (
                 done % course.save_every == 0 and done < course.steps
             ):
-                facts = {"history": history.to_dict()}
-                saved.write(done, trainee.params, optimizer, facts, companion.state())
+                facts = {"history": history.to_dict(), "scale": objective.scale}
+                masks = shaping.state() if shaping is not None else {}
+                saved.write(done, trainee.params, optimizer, facts, masks)
             rate = history.tokens / max(history.seconds, 1e-9)
             stage.advance(f"loss {loss:.4f}", **told, tokens_per_second=round(rate))
+    if shaping is not None:
+        shaping.finish()
     return history
 
 
@@ -169,19 +141,36 @@ class _Run:
 
     def __init__(
         self, trainee: Trainee, examples: Examples, course: Course, accelerator: Accelerator,
-        companion: Companion,
+        objective: Objective, shaping: Shaping | None,
     ) -> None:  # fmt: skip
         self.trainee, self.examples, self.course = trainee, examples, course
-        self.accelerator, self.companion = accelerator, companion
+        self.accelerator, self.objective, self.shaping = accelerator, objective, shaping
         self.model = accelerator.prepare_model(trainee.model)
         self.device = accelerator.device
 
     def step(self, step: int, optimizer: torch.optim.Optimizer) -> tuple[float, int]:
         """Take one step; return the mean loss over its tokens, of all processes, and how many."""
+        if self.shaping is not None:
+            self.shaping.before_step(step)
         windows = self.examples.of_step(step, self.course.batch)
         count = int((self.examples.targets_NT[windows] != IGNORED).sum())
-        parts = list(self._parts(windows))
+        loss = self._backward(windows, count, optimizer)
+        if self.shaping is not None:
+            self.shaping.see_gradients(step)
+        self.trainee.mask_gradients()
+        torch.nn.utils.clip_grad_norm_(list(self.trainee.params.values()), self.course.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = self.course.rate(step)
+        optimizer.step()
+        self.trainee.hold()
+        if self.shaping is not None:
+            self.shaping.after_update(step + 1)
+        return loss, count
+
+    def _backward(self, windows: list[int], count: int, optimizer: torch.optim.Optimizer) -> float:
+        """Gather the gradients of a step; return its mean loss."""
         optimizer.zero_grad(set_to_none=True)
+        parts = list(self._parts(windows))
         total = torch.zeros((), dtype=torch.float64)
         for place, part in enumerate(parts):
             with self._quiet(place < len(parts) - 1):
@@ -190,16 +179,7 @@ class _Run:
                 scaled = loss * (self.accelerator.num_processes / max(1, count))
                 self.accelerator.backward(scaled)
             total += loss.detach().double().cpu()
-        self.trainee.mask_gradients()
-        self.companion.before_update(step)
-        torch.nn.utils.clip_grad_norm_(list(self.trainee.params.values()), self.course.clip)
-        factor = rate_factor(step, self.course.steps, self.course.decay, self.course.warm_up)
-        for group in optimizer.param_groups:
-            group["lr"] = self.course.learning_rate * factor
-        optimizer.step()
-        self.trainee.hold()
-        self.companion.after_update(step + 1, optimizer)
-        return float(self._summed(total)) / max(1, count), count
+        return float(self._summed(total)) / max(1, count)
 
     def held_loss(self) -> float:
         """Return the mean loss of what is held out."""
@@ -207,16 +187,18 @@ class _Run:
         with torch.no_grad():
             for part in self._parts(list(self.examples.held)):
                 ids_BT, targets_BT = self._batch(part)
-                logits = self.model(input_ids=ids_BT, use_cache=False).logits
+                # without DDP, whose forward is a conversation: shares may differ by a window
+                logits = self.trainee.model(input_ids=ids_BT, use_cache=False).logits
                 total += next_token_loss(logits, targets_BT).double().cpu()
         count = int((self.examples.targets_NT[list(self.examples.held)] != IGNORED).sum())
         return float(self._summed(total)) / max(1, count)
 
     def _loss(self, windows: list[int]) -> Tensor:
         ids_BT, targets_BT = self._batch(windows)
+        self.objective.begin()
         with self.accelerator.autocast():
             output = self.model(input_ids=ids_BT, use_cache=False)
-        return self.companion.loss(output, windows, targets_BT)
+        return self.objective.loss(output, windows, targets_BT)
 
     def _batch(self, windows: list[int]) -> tuple[Tensor, Tensor]:
         ids_BT = self.examples.ids_NT[windows].to(self.device)
@@ -242,19 +224,6 @@ class _Run:
             return total
         where = total.float() if self.device.type == "mps" else total
         return self.accelerator.reduce(where.to(self.device), "sum").cpu()  # type: ignore[no-any-return]
-
-
-def check_processes(course: Course, num_processes: int) -> None:
-    """Check that every process gets as many windows of a step as the others.
-
-    Raises:
-        RecipeError: the batch is not divisible.
-    """
-    if course.batch % num_processes:
-        raise RecipeError(
-            f"recover.batch: {course.batch} windows cannot be shared evenly by {num_processes} "
-            f"processes. Type --batch {-(-course.batch // num_processes) * num_processes}."
-        )
 
 
 def _history(data: Mapping[str, Any]) -> History:

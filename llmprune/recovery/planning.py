@@ -21,12 +21,16 @@ from llmprune.engine.opening import choose_device, open_blocks, storage_dtype
 from llmprune.recipe import Recipe, RecoverStep
 from llmprune.recovery.loop import Course
 from llmprune.recovery.methods import RECOVERIES
+from llmprune.recovery.regrowth import REGROWTHS
+from llmprune.recovery.schedules import SCHEDULES
+from llmprune.recovery.soft import SOFT_MASKS
 from llmprune.recovery.types import Recovery
 from llmprune.walk.streamed import Streamed
 
 MOST_TOKENS = 1024  # of a window, where nothing is asked
 AT_ONCE = 4096  # tokens of a micro-batch, where nothing is asked
 FLOATS = 24  # per hidden value and block that autograd holds, roughly
+STAIRCASE = "staircase"
 MASKED, SHRUNK, DENSE = "masked", "shrunk", "dense"
 
 
@@ -120,6 +124,7 @@ def open_recovery(recipe: Recipe, *, num_processes: int = 1) -> RecoverPlan:
     )
     blocks = open_blocks(source, trusted, torch.device("cpu"), stored)
     form = form_of(source.folder, wish)
+    check_shaping(wish)
     name = method_of(wish, form)
     row = RECOVERIES[name]
     check_method(name, row, form, wish, source.name)
@@ -171,6 +176,8 @@ def method_of(wish: RecoverStep, form: str) -> str:
     """Return the method asked for, or the one that fits what a folder holds."""
     if wish.method != "auto":
         return wish.method
+    if wish.prune is not None:
+        return "full"
     return "lora" if form == SHRUNK else "mask-lora"
 
 
@@ -180,6 +187,13 @@ def check_method(name: str, row: Recovery, form: str, wish: RecoverStep, model: 
     Raises:
         RecipeError: it would fill zeros. CheckpointError: there is nothing that was pruned.
     """
+    if wish.prune is not None:
+        if "weights" not in row.trains:
+            raise RecipeError(
+                f"recover.method: {name} leaves weights frozen, and recover.prune removes weights "
+                "while they are trained. Type --method full, or prune in a step of its own before."
+            )
+        return
     if form == MASKED and row.fills:
         raise RecipeError(
             f"recover.method: merging {name} puts numbers where {model} has zeros, and its "
@@ -191,6 +205,41 @@ def check_method(name: str, row: Recovery, form: str, wish: RecoverStep, model: 
             f"{model} has no masks (llmprune/masks.json), so what was pruned is not known. Prune "
             "it with llmprune first; type --masks zeros if another tool pruned it, so that its "
             "zeros count; or --method lora to train a dense model."
+        )
+
+
+def check_shaping(wish: RecoverStep) -> None:
+    """Check what a recovery says of masks that move.
+
+    Raises:
+        UnknownName, RecipeError: a name is none, or two of them exclude each other.
+    """
+    moving = {"regrow": wish.regrow, "soft": wish.soft, "rewind": wish.rewind != "none"}
+    if wish.prune is None:
+        if given := [key for key, value in moving.items() if value]:
+            raise RecipeError(
+                f"recover.{given[0]}: it is about masks that move, and recover.prune says nothing "
+                "of what to remove. Add `prune: {sparsity: 0.8}` to the step, or leave it out."
+            )
+        return
+    if wish.schedule != STAIRCASE:
+        SCHEDULES[wish.schedule]
+    elif ":" not in wish.prune.pattern:
+        raise RecipeError(
+            f"recover.schedule: a staircase leads to N:M, and the pattern is {wish.prune.pattern}. "
+            "Type --set recover.prune.pattern=2:4, or --set recover.schedule=cubic."
+        )
+    if wish.regrow is not None:
+        REGROWTHS[wish.regrow]
+    if wish.soft is not None:
+        SOFT_MASKS[wish.soft]
+    if len(given := [key for key, value in moving.items() if value]) > 1:
+        raise RecipeError(
+            f"recover.{given[1]}: it does not go with recover.{given[0]}. Leave one out."
+        )
+    if wish.prune.target is not None:
+        raise RecipeError(
+            "recover.prune.target: what is removed while training is a share. Give a sparsity."
         )
 
 
@@ -247,6 +296,7 @@ def _course(wish: RecoverStep, row: Recovery, seq_len: int, num_processes: int) 
         clip=wish.clip,
         evaluate_every=wish.evaluate_every or max(1, wish.steps // 10),
         save_every=wish.save_every or max(1, wish.steps // 20),
+        rounds=wish.rounds if wish.rewind != "none" else 1,
     )
 
 
@@ -314,7 +364,7 @@ def fixes(plan: RecoverPlan, tokens: str, world_size: int) -> Mapping[str, Any]:
     free = ("out", "max_memory")
     return {
         "llmprune": __version__,
-        "recipe": {"steps": [{"recover": asked}], "seed": plan.recipe.seed, "plan": plan.data()},
+        "recipe": {"steps": [{"recover": asked}], "seed": plan.recipe.seed},
         "wish": {key: value for key, value in plan.recipe.to_dict().items() if key not in free},
         "source": source,
         "origin": before.get("origin", source),

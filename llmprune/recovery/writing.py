@@ -17,11 +17,13 @@ from llmprune.checkpoint.sink import (
     copy_file,
     copy_side_files,
     hash_file,
+    shard_name,
     write_json,
     write_tensors,
 )
 from llmprune.checkpoint.source import INDEX, Source, read_json
 from llmprune.delivery.masks import OWN, MaskFiles
+from llmprune.mask.packed import pack
 from llmprune.recovery.bank import Bank
 from llmprune.walk.rewriting import DTYPE_NAMES
 
@@ -96,3 +98,17 @@ def _copy_books(source: Source, changed: set[str], folder: Path) -> None:
     origin = {key: index[key] for key in ("blocks", "lost") if key in index}
     data = {**kept, "touched": sorted(changed)} | ({"origin": origin} if origin else {})
     write_json(folder / OWN / "masks.json", data)
+
+
+def write_masks(folder: Path, keeps: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Write masks by block and linear in place of those that the source had."""
+    own, index = folder / OWN, {}
+    for path in own.glob("masks-*.safetensors"):
+        path.unlink()
+    for block, found in keeps.items():
+        file = shard_name(block, len(keeps)).replace("model-", "masks-")
+        if found:
+            write_tensors(own / file, {name: pack(keep_OI) for name, keep_OI in found.items()})
+        index |= {name: {"file": file, "shape": list(keep.shape)} for name, keep in found.items()}
+    data = read_json(own / "masks.json")
+    write_json(own / "masks.json", data | {"masks": index})
