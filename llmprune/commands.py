@@ -38,11 +38,13 @@ def methods() -> None:
     from llmprune.base.text import columns
     from llmprune.catalog import METHODS
     from llmprune.engine.parts import needs_of
+    from llmprune.mask.pattern import parse_pattern
 
     rows = [
         (
             row.name,
-            ", ".join(needs_of(row, row.allocation).names) or "nothing",
+            ", ".join(needs_of(row, row.allocation, pattern=parse_pattern(row.pattern)).names)
+            or "nothing",
             row.group,
             row.allocation,
             ", ".join(filter(None, (row.refine, row.solver, row.repair))),

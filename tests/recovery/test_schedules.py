@@ -153,6 +153,7 @@ def test_the_window_is_obeyed_at_both_ends(
 
 
 @given(names, st.integers(1, 300), st.integers(1, 400), windows(), shares)
+@settings(max_examples=50)
 def test_the_last_update_comes_to_the_target_whatever_the_rhythm(
     name: str, total: int, every: int, window: tuple[float, float], final: float
 ) -> None:
@@ -179,6 +180,7 @@ def test_a_run_of_one_step_is_cut_before_it() -> None:
 
 
 @given(names, st.integers(1, 60), st.integers(1, 70), windows(), st.integers(1, 40), shares)
+@settings(max_examples=50)
 def test_counts_are_those_of_the_slow_way(
     name: str, total: int, every: int, window: tuple[float, float], num: int, final: float
 ) -> None:
@@ -278,6 +280,7 @@ def test_stairs_of_odd_patterns_have_no_step_twice_or_below_the_last() -> None:
 
 
 @given(st.integers(2, 32).flatmap(lambda of: st.tuples(st.integers(1, of - 1), st.just(of))))
+@settings(max_examples=50)
 def test_sparsify_only_descends_and_fine_keeps_the_density(pattern: tuple[int, int]) -> None:
     kept, of = pattern
     found = stairs(kept, of)

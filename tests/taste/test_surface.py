@@ -138,6 +138,14 @@ def test_the_commands_are_frozen_and_documented() -> None:
         assert command.help, name
 
 
+def test_the_table_of_methods_has_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["methods"])
+    assert not ended.value.code
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert set(llmprune.METHODS) <= set(listed)
+
+
 def test_the_flags_of_eval_are_frozen() -> None:
     group = typer.main.get_command(cli.app)
     assert flags_of(group.commands["eval"]) == EVAL_FLAGS
