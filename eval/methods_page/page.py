@@ -6,9 +6,23 @@ from eval.methods_page.dial import dial, target
 from eval.methods_page.methods import overview, section, unit_overview
 from eval.methods_page.parts import allocations, patterns, refinements, repairs, solvers
 from eval.methods_page.questions import vocabulary
+from eval.methods_page.recoveries import (
+    distillations,
+    recoveries,
+    regrowths,
+    schedules,
+    soft_masks,
+)
 from eval.methods_page.results import results
 from eval.methods_page.text import item, names, says
-from eval.methods_page.units import compensations, tiers, unit_allocations, unit_scores, units
+from eval.methods_page.units import (
+    compensations,
+    low_rank,
+    tiers,
+    unit_allocations,
+    unit_scores,
+    units,
+)
 from llmprune.catalog import METHODS
 from llmprune.stats import STATISTICS
 
@@ -23,7 +37,8 @@ A method is a row of names: a *score* says how much each weight matters (higher 
 decides what happens to the weights that stay, a *repair* improves the block as a whole. All but the
 score can be asked for by themselves: `prune.allocation`, `prune.refine`, `prune.solver`,
 `prune.repair`. Methods for [whole units](#units) have scores, solvers and allocations of their own
-kind. Shapes: O outputs, I inputs of a linear, U units.
+kind. Training of the whole model after a cut, or around it, is a [recovery](#recovery). Shapes: O
+outputs, I inputs of a linear, U units.
 """
 
 
@@ -47,6 +62,12 @@ def page() -> str:
         unit_allocations(),
         compensations(),
         tiers(),
+        low_rank(),
+        recoveries(),
+        schedules(),
+        regrowths(),
+        soft_masks(),
+        distillations(),
         *map(section, METHODS.values()),
         statistics(),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from eval.methods_page.recoveries import known
 from eval.methods_page.text import filled, item, names
 from llmprune.allocation import ALLOCATIONS
 from llmprune.catalog.types import PATTERNS
@@ -14,7 +15,9 @@ QUESTIONS = {
         "*Before training* a mask is guessed on random weights; *during training* weights go "
         "gradually, on a schedule, while the others adapt; *after training*, in one shot or in a "
         "few rounds, a finished model is cut with little text and no labels. Here: after "
-        "training, in one shot. A result can be pruned again, and what was removed stays removed."
+        "training, in one shot, or while the finished model is [trained on](#recovery), on the "
+        "[schedules](#schedules) {schedules}. A result can be pruned again, and what was removed "
+        "stays removed."
     ),
     "How is it removed?": (
         "A *masked* result has zeros in tensors of the same shape; a *shrunk* one has smaller "
@@ -51,7 +54,9 @@ QUESTIONS = {
     ),
     "With what recovery?": (
         "Training of the whole model after the cut, with the masks kept: of all weights, of "
-        "adapters, of norms and biases alone, or from the dense model's answers. Here: none. A "
+        "adapters, of norms and biases alone, or towards the dense model's answers. Here: "
+        "[by](#recovery) {recoveries}; with masks that move by [regrowth](#regrowth), {regrowths}, "
+        "or are [soft](#soft-masks), {soft_masks}; [taught](#distillation) by {distillations}. A "
         "[repair](#repairs) trains one block at a time on the calibration text, towards what the "
         "dense block gives, and knows neither labels nor the model's loss. The result is an "
         "ordinary folder that any trainer takes, but one that knows no masks lets removed weights "
@@ -72,6 +77,7 @@ def vocabulary() -> str:
         "unit_allocations": names(name for name, row in ALLOCATIONS.items() if row.units),
         "refinements": names(REFINEMENTS),
         "repairs": names(REPAIRS),
+        **known(),
     }
     intro = filled(
         "Pruning methods differ in few respects. Six questions place any of them, and say here "

@@ -24,6 +24,7 @@ from llmprune.mask.pattern import Units, parse_pattern
 from llmprune.recipe.pruning import PruneStep
 from llmprune.score import UNIT_SCORES, WHOLE_SCORES
 from llmprune.solver import COMPENSATIONS
+from llmprune.solver.low_rank import dropped_error, low_rank_dense, low_rank_factors, rank_for
 
 DEMO_HEADS = Heads(num_heads=8, num_groups=4, head_dim=32)
 LEGEND = (
@@ -86,6 +87,7 @@ TIERS = (
     ),
     ("E3", "anything else of a family that transformers knows"),
 )
+LOW_RANK = (low_rank_factors, rank_for, dropped_error, low_rank_dense)
 LOADERS = {
     "E0": ("as it is", "after `llmprune export --to gguf`"),
     "E1": ("as it is", "after `llmprune export --to gguf`"),
@@ -230,6 +232,19 @@ def tiers() -> str:
         "and E1 are stock architectures, and E2 was written by what its class for DeciLM reads."
     )
     return f"## Tiers\n\n{filled(text)}\n\n{table(head, rows)}\n{filled(run)}\n"
+
+
+def low_rank() -> str:
+    """Return why there is no method for low rank, and what there is instead."""
+    text = (
+        "A linear of low rank is two smaller linears one after the other. No stock model has such "
+        "blocks, and no tier above holds them; multiplied out, the matrix is as large as before "
+        "and full of weights, so a result would be slower to make and save nothing. There is "
+        "therefore no method and no pattern of low rank. `llmprune.solver.low_rank` has what one "
+        "would be made of, for those who bring a model class of their own: "
+    )
+    lines = [item(f"`{part.__name__}`: {tells(part)}") for part in LOW_RANK]
+    return f"## Low rank\n\n{filled(text)}\n\n" + "\n".join([*lines, ""])
 
 
 def demo_costs() -> dict[str, str]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmprune.catalog import METHODS
-from llmprune.report.coverage import coverage_line
 from llmprune.report.evaluations import Measured, measured, metric_results
 from llmprune.report.kinds import by_kind
+from llmprune.report.making import code, how_made
 from llmprune.report.origin import Origin, kept_facts, origin_of
-from llmprune.report.reproduction import command_text
+from llmprune.report.recoveries import cut_method, cut_while_trained, is_pruned, last_wish, sides
 from llmprune.report.stages import (
     accepted_line,
     fallback_line,
@@ -21,12 +20,20 @@ from llmprune.report.stages import (
     target_line,
     verdict_line,
 )
+from llmprune.report.training import (
+    limits_of_training,
+    linked,
+    removal_kept,
+    training_list,
+    training_sentence,
+    training_words,
+)
 
 
 def card_text(
     folder: Path,
     data: Mapping[str, Any],
-    run: Mapping[str, Any],
+    runs: Sequence[Mapping[str, Any]],
     later: Mapping[str, Any],
     *,
     repo: str,
@@ -34,10 +41,11 @@ def card_text(
 ) -> str:
     """Return README.md for a result as it will lie in a repository of the Hub.
 
-    `data` is report.json, `run` run.json and `later` evaluations.json, all without paths of this
-    machine; the folder gives what the base model's own card says.
+    `data` is report.json, `later` evaluations.json, and `runs` the run.json of the result after
+    those of the results that it came from, all without paths of this machine; the folder gives what
+    the base model's own card says.
     """
-    origin = origin_of(run, base_model=base_model)
+    origin = origin_of(runs[-1], base_model=base_model)
     results = measured(data, later)
     parts = [
         f"# {repo.rpartition('/')[2]}",
@@ -45,9 +53,10 @@ def card_text(
         _section("How to load", _loading(data, repo)),
         _section("What was removed", _removed(data)),
         _section("What became of the rest", _rest(data)),
+        _section("Training", training_list(data)),
         _section("Quality", _quality(data, results)),
         _section("What it is not", _limits(data)),
-        _section("How it was made", _making(data, run, origin)),
+        _section("How it was made", how_made(data, runs, origin)),
         _section("Proof", _proof(data)),
         _section("Masks", _masks(data, repo)),
     ]
@@ -61,7 +70,6 @@ def _front_matter(
     """Return the metadata as YAML; of the relations that the Hub knows, `finetune` fits best."""
     from huggingface_hub import ModelCardData
 
-    shape = "sparse" if data["form"] == "masked" else "pruned-structured"
     facts: dict[str, Any] = {}
     if origin.hub_id:
         facts = {"base_model": origin.hub_id, "base_model_relation": "finetune"}
@@ -72,32 +80,51 @@ def _front_matter(
         **kept_facts(folder, origin),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["llmprune", "pruned", shape, data["method"], _step(data)["pattern"]],
+        tags=list(filter(None, ("llmprune", *_tags(data)))),
     )
     return str(card.to_yaml()).strip()
 
 
+def _tags(data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a result is, as one may search for it."""
+    if is_pruned(data):
+        yield "pruned"
+        yield "pruned-structured" if data["form"] == "shrunk" else "sparse"
+        yield from (cut_method(data), data["pattern"])
+    if records := data.get("recovery"):
+        yield from ("recovered", records[-1]["method"])
+
+
 def _summary(data: Mapping[str, Any], origin: Origin) -> str:
-    method = METHODS.get(data["method"])
-    title = f"{method.title} ({_linked(method.paper)})" if method else code(data["method"])
+    unnamed = "" if origin.hub_id or origin.bundled else " The base model was a local folder."
+    if not is_pruned(data):
+        return (
+            f"{origin.markdown}, trained with llmprune {data['llmprune']}: {training_words(data)}."
+            f"{unnamed}{removal_kept(data)}"
+        )
+    method = METHODS.get(cut_method(data))
+    title = f"{method.title} ({linked(method.paper)})" if method else code(cut_method(data))
     before, after = data["parameters_before"], data["parameters_after"]
     if data["form"] == "masked":
         what = f"are exact zeros ({data['sparsity_of_all']:.1%} of all {before:,} parameters)"
     else:
         what = f"were cut out: {after:,} of {before:,} parameters are left"
-    tokens = _step(data)["pattern"] == "vocabulary"
+    tokens = data["pattern"] == "vocabulary"
     eligible = "the rows of tokens" if tokens else "the linears inside the decoder blocks"
-    unnamed = "" if origin.hub_id or origin.bundled else " The base model was a local folder."
-    earlier = " The model had been pruned before; the numbers are of both." * origin.pruned_before
+    cut_last = last_wish(data) is None or cut_while_trained(data) is not None
+    again = origin.pruned_before and cut_last
+    earlier = " The model had been pruned before; the numbers are of both." * again
+    when = "while it was trained," if cut_while_trained(data) is not None else "after training"
     return (
-        f"{origin.markdown}, pruned after training with llmprune {data['llmprune']} by {title}, "
-        f"pattern {code(_step(data)['pattern'])}. **{data['sparsity']:.4g}** of the eligible "
-        f"weights ({eligible}) {what}.{unnamed}{earlier}"
+        f"{origin.markdown}, pruned {when} with llmprune {data['llmprune']} by {title}, "
+        f"pattern {code(data['pattern'])}. **{data['sparsity']:.4g}** of the eligible "
+        f"weights ({eligible}) {what}.{unnamed}{earlier}{training_sentence(data)}"
+        + removal_kept(data)
     )
 
 
 def _loading(data: Mapping[str, Any], repo: str) -> str:
-    shape = "" if data["form"] == "masked" else " The config has the smaller sizes."
+    shape = " The config has the smaller sizes." if data["form"] == "shrunk" else ""
     remote = "    # the model brings Python code: pass trust_remote_code=True to both\n"
     return (
         "As any model of `transformers`; llmprune is not needed." + shape + "\n\n"
@@ -115,6 +142,8 @@ def _removed(data: Mapping[str, Any]) -> str:
         (code(k.name), k.where, f"{k.weights:,}", f"{k.removed:,}", f"{k.sparsity:.4f}")
         for k in by_kind(data)
     ]
+    if not rows:
+        return ""
     text = markdown_table(("kind", "blocks", "weights", "removed", "sparsity"), rows)
     left = [row for row in data["skipped"] if row["num_params"]]
     if left:
@@ -124,7 +153,9 @@ def _removed(data: Mapping[str, Any]) -> str:
 
 
 def _rest(data: Mapping[str, Any]) -> str:
-    """Return what else than cutting was done, and what it gained; empty where nothing was."""
+    """Return what else the cut did, and what that gained; empty where it did nothing."""
+    if not is_pruned(data) or cut_while_trained(data) is not None:
+        return ""
     done = []
     if data.get("target"):
         done.append(f"The sparsity was looked for: {target_line(data)}.")
@@ -155,90 +186,57 @@ def _rest(data: Mapping[str, Any]) -> str:
 def _quality(data: Mapping[str, Any], results: Sequence[Measured]) -> str:
     if not results:
         return "Not measured."
+    labels = [side.label for side in sides(data) if side.label != "dense"]
+    is_there = any(r.before is not None for r in results)
+    before = [labels[0]] if is_there else []
     rows = [
-        (r.what, r.protocol, _number(r.dense, r.dense_stderr), _number(r.value, r.stderr))
+        (
+            *(r.what, r.protocol, _number(r.dense, r.dense_stderr)),
+            *(_number(r.before, None) for _ in before),
+            _number(r.value, r.stderr),
+        )
         for r in results
     ]
-    text = markdown_table(("measured", "how", "dense", "pruned"), rows)
+    head = ("measured", "how", "dense", *before, labels[-1] if labels else _result(data))
+    text = markdown_table(head, rows)
     if leak := (data.get("calibration") or {}).get("leak"):
-        text += f"\n\n{leak:.1%} of the text that perplexity was measured on was calibrated on."
+        learnt = "calibrated on" if last_wish(data) is None else "trained on"
+        text += f"\n\n{leak:.1%} of the text that perplexity was measured on was {learnt}."
     return text
 
 
+def _result(data: Mapping[str, Any]) -> str:
+    """Return what the result is called beside the dense model."""
+    return "recovered" if data.get("recovery") else "pruned"
+
+
 def _limits(data: Mapping[str, Any]) -> str:
-    if data["form"] == "masked":
+    if data["form"] == "shrunk":
+        speed = "No speed was measured; its tensors are smaller, so it needs less work and memory."
+    elif is_pruned(data) or removal_kept(data):
         speed = (
             "It is not smaller on disk or in memory and not faster than the base model: the zeros "
             "are stored, and dense kernels multiply by them. They are for kernels, formats and "
             "research that use them."
         )
     else:
-        speed = "No speed was measured; its tensors are smaller, so it needs less work and memory."
-    trained = (
+        speed = "It has the size and the speed of the base model."
+    untrained = (
         "Its blocks were trained one at a time on calibration text; as a whole it was not trained "
         "after pruning."
         if data.get("repair")
         else "It was not trained after pruning."
     )
+    trained = limits_of_training(data) or untrained
     return (
         f"{speed} {trained} Limits, biases and terms of use of the base model hold for it as well."
     )
 
 
-def _making(data: Mapping[str, Any], run: Mapping[str, Any], origin: Origin) -> str:
-    wish = dict(run.get("wish", run["recipe"]))
-    source = run["source"]
-    local = source.get("revision") is None and source["name"] != "demo"
-    if not local:
-        wish["revision"] = source.get("revision")
-    elif origin.hub_id and not origin.pruned_before:
-        wish["model"], local = origin.hub_id, False
-    text = [
-        "```bash\n" + command_text(wish) + "\n```",
-        f"The whole recipe is in `llmprune/run.json`. {_calibration(data)}",
-    ]
-    if local:
-        text.append(
-            f"{code(wish['model'])} stands for the folder that the base model was read from."
-        )
-    versions = {"llmprune": data["llmprune"], **run.get("versions", {})}
-    text.append(
-        f"Computed in {run.get('dtype', 'its own dtype')} on {run.get('processor', 'a processor')} "
-        "with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
-    )
-    if data["warnings"]:
-        text.append("Warnings of the run:\n\n" + "\n".join(f"- {w}" for w in data["warnings"]))
-    return "\n\n".join(text)
-
-
-def _calibration(data: Mapping[str, Any]) -> str:
-    """Return what the statistics were learnt from; texts in files are not part of the result."""
-    record = data.get("calibration")
-    if not record:
-        return "No calibration text was used."
-    text = f"Calibrated on {record['num_windows']} windows of {record['seq_len']} tokens"
-    if len(record["texts"]) == 1:
-        text += f" of {code(record['texts'][0]['data'])}"
-    elif record["texts"]:
-        names = (f"{one['num_windows']} of {code(one['data'])}" for one in record["texts"])
-        text += f": {', '.join(names)}"
-    else:
-        text += f" that were given in Python ({record['data']}), which the command does not know"
-    if any("repo" not in one and one["data"] != "demo" for one in record["texts"]):
-        text += "; files are not part of this repository"
-    experts = coverage_line(data)
-    return f"{text}. Experts: {experts}." if experts else f"{text}."
-
-
 def _proof(data: Mapping[str, Any]) -> str:
     gate = data["gate"]
     agreement = gate["agreement"]
-    same = (
-        f", and the {gate['untouched_equal']} tensors that no mask touches are the base model's, "
-        "bit for bit"
-        if gate.get("untouched_equal") is not None
-        else ""
-    )
+    same = _untouched(data, gate.get("untouched_equal"))
     return (
         "Before this result got its name, a fresh process that knows only `transformers` loaded "
         f"it: all {gate['num_tensors']} tensors found, none missing or left over{same}. Its logits "
@@ -247,7 +245,20 @@ def _proof(data: Mapping[str, Any]) -> str:
     )
 
 
+def _untouched(data: Mapping[str, Any], count: int | None) -> str:
+    """Return how many tensors are those of the model before, and which should be."""
+    if count is None:
+        return ""
+    if last_wish(data) is None:
+        return f", and the {count} tensors that no mask touches are the base model's, bit for bit"
+    if count == 1:
+        return ", and the one tensor that training left alone is as it was, bit for bit"
+    return f", and the {count} tensors that training left alone are as they were, bit for bit"
+
+
 def _masks(data: Mapping[str, Any], repo: str) -> str:
+    if not is_pruned(data):
+        return ""
     if data["form"] != "masked":
         return (
             "`llmprune/masks-*.safetensors` hold, by site, the indices of the units that stayed, "
@@ -285,19 +296,8 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([text[0], "|" + "---|" * len(head), *text[1:]])
 
 
-def code(text: str) -> str:
-    """Return text set as code, cut to one line."""
-    return "`" + " ".join(text.replace("`", "'").split()) + "`"
-
-
 def _section(title: str, content: str) -> str:
     return f"## {title}\n\n{content}" if content else ""
-
-
-def _step(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the step of the recorded recipe that pruned."""
-    steps = data["run"]["recipe"]["steps"]
-    return dict(next(step["prune"] for step in steps if "prune" in step))
 
 
 def _trusts(data: Mapping[str, Any]) -> bool:
@@ -310,8 +310,3 @@ def _number(value: float | None, stderr: float | None) -> str:
         return ""
     text = f"{value:.4f}" if abs(value) < 1 else f"{value:,.3f}"
     return text if stderr is None else f"{text} ± {stderr:.4f}"
-
-
-def _linked(paper: str) -> str:
-    """Return a reference whose arXiv number leads there."""
-    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llmprune.report.recoveries import last_wish, sides
+
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 
 class Measured(NamedTuple):
-    """A number of a result, how it was measured, and the dense model's where that is known."""
+    """A number of a result, how it was measured, and that of other models where it is known.
+
+    `dense` is of the model that all began with, `before` of the one that was trained last.
+    """
 
     what: str
     metric: str
@@ -20,13 +25,14 @@ class Measured(NamedTuple):
     dense: float | None = None
     stderr: float | None = None
     dense_stderr: float | None = None
+    before: float | None = None
 
 
 def measured(data: Mapping[str, Any], later: Mapping[str, Any]) -> list[Measured]:
     """Return what report.json and evaluations.json hold, given as data, in order."""
-    quality = data.get("perplexity")
-    found = [_tokens(quality["pruned"], dense=quality["dense"]["value"])] if quality else []
-    if rolling := data.get("rolling"):
+    found = _own(data)
+    rolling = data.get("rolling")
+    if rolling and last_wish(data) is None:  # else it is of the model before the training
         found += _rolling(rolling["pruned"], dense=rolling["dense"])
     found += [_tokens(entry) for entry in later.get("perplexity", ())]
     for entry in later.get("rolling", ()):
@@ -38,6 +44,8 @@ def measured(data: Mapping[str, Any], later: Mapping[str, Any]) -> list[Measured
         key = one.what, one.data, one.protocol
         if one.dense is None and key in kept:
             one = one._replace(dense=kept[key].dense, dense_stderr=kept[key].dense_stderr)
+        if key in kept:
+            one = one._replace(before=kept[key].before)
         kept[key] = one
     return list(kept.values())
 
@@ -58,6 +66,17 @@ def metric_results(results: Sequence[Measured]) -> list[EvalResult]:
         )
         for one in results
     ]
+
+
+def _own(data: Mapping[str, Any]) -> list[Measured]:
+    """Return the perplexity that the run itself measured."""
+    found = sides(data)
+    if not found:
+        return []
+    others = {side.label: side.entry["value"] for side in found[:-1]}
+    dense = others.pop("dense", None)
+    one = _tokens(found[-1].entry, dense=dense)
+    return [one._replace(before=next(iter(others.values()), None))]
 
 
 def _tokens(entry: Mapping[str, Any], dense: float | None = None) -> Measured:

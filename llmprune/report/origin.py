@@ -1,4 +1,6 @@
-"""What a result was made from: the base model's name where it has a public one, and its card."""
+"""What a result was made from: the base model's name where it has a public one, its card, and the
+runs that came before.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
+from llmprune.base.errors import LlmpruneError
+from llmprune.checkpoint.source import open_folder, read_json
 from llmprune.report.portable import last_name
 
 # What a card says of its model that still holds for the pruned one.
@@ -35,11 +39,58 @@ class Origin:
         return f"[{self.hub_id}](https://huggingface.co/{self.hub_id}){commit}"
 
 
+class Beginning(NamedTuple):
+    """The model that a run was given: as it was named, its commit on the Hub, where it lay."""
+
+    name: str
+    revision: str | None
+    folder: str | None
+    fingerprint: str | None
+
+    @property
+    def is_public(self) -> bool:
+        """Tell whether others have it under this name."""
+        return self.revision is not None or self.name == "demo"
+
+
+def beginning_of(run: Mapping[str, Any]) -> Beginning:
+    """Return the model that a run began with; of several steps, the first's."""
+    found, chain = run["source"], run.get("chain")
+    if chain:
+        first = run.get("origin") or {}
+        same = first.get("name") == chain["model"]
+        found = first if same else {"name": chain["model"]}
+    keys = ("revision", "folder", "fingerprint")
+    return Beginning(str(found["name"]), *(found.get(key) for key in keys))
+
+
+def runs_before(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return run.json of the results that a run's model came from, the earliest first.
+
+    Only as far back as their folders still lie where they were and hold what they held; a model
+    from the Hub needs no more than its name.
+    """
+    found: list[dict[str, Any]] = []
+    while (begun := beginning_of(run)).folder and not begun.is_public:
+        home = Path(str(begun.folder))
+        if not (home / "llmprune" / "run.json").is_file():
+            break
+        try:
+            same = open_folder(home).fingerprint() == begun.fingerprint
+            run = read_json(home / "llmprune" / "run.json")
+        except LlmpruneError:
+            break
+        if not same:
+            break
+        found.insert(0, run)
+    return found
+
+
 def origin_of(run: Mapping[str, Any], *, base_model: str | None = None) -> Origin:
     """Return the base model that run.json names; `base_model` names one that was a local folder."""
     first = run.get("origin") or run["source"]
     name, revision = str(first["name"]), first.get("revision")
-    before = first.get("fingerprint") != run["source"].get("fingerprint")
+    before = first.get("fingerprint") != beginning_of(run).fingerprint
     if base_model is not None:
         same = revision if base_model == name else None
         return Origin(name=base_model, hub_id=base_model, revision=same, pruned_before=before)

@@ -1,18 +1,19 @@
-"""A report as HTML for notebooks: the lines of its text, and the kinds of linears."""
+"""A report as HTML for notebooks: the lines of its text, the kinds of linears, the losses."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmprune.base.markup import html_facts, html_folded, html_table
 from llmprune.report.coverage import coverage_rows
 from llmprune.report.kinds import by_kind
+from llmprune.report.recoveries import recoveries_of
 from llmprune.report.tables import report_lines
 
 
 def report_html(data: Mapping[str, Any]) -> str:
-    """Return the final table of a run, then sparsity by kind, blocks and experts folded away."""
+    """Return the final table of a run; sparsity by kind, blocks, experts and losses folded away."""
     kinds = [
         (kind.name, kind.where, f"{kind.weights:,}", f"{kind.sparsity:.4f}")
         for kind in by_kind(data)
@@ -26,12 +27,14 @@ def report_html(data: Mapping[str, Any]) -> str:
         for block in data["blocks"]
     ]
     experts = coverage_rows(data)
-    return (
-        html_facts(report_lines(data), caption="Report")
-        + html_folded(
-            f"{len(kinds)} kinds of linears",
-            html_table(("kind", "blocks", "weights", "sparsity"), kinds),
-        )
-        + html_folded(f"{len(blocks)} blocks", html_table(("block", "sparsity", "error"), blocks))
-        + (html_folded("experts", html_table(*experts)) if experts[1] else "")
+    folded: list[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = [
+        (f"{len(kinds)} kinds of linears", ("kind", "blocks", "weights", "sparsity"), kinds),
+        (f"{len(blocks)} blocks", ("block", "sparsity", "error"), blocks),
+        ("experts", *experts),
+    ]
+    for one in recoveries_of(data):
+        held = [(f"{step:,}", f"{loss:.4f}") for step, loss in one.record["history"]["held"]]
+        folded.append((f"{one.name}: loss held out", ("step", "loss"), held))
+    return html_facts(report_lines(data), caption="Report") + "".join(
+        html_folded(title, html_table(head, rows)) for title, head, rows in folded if rows
     )

@@ -1,8 +1,8 @@
-"""Pictures of a report: where the weights went, and what it did to the output of each block."""
+"""Pictures of a report: where weights went, what that did to each block, and how training went."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,15 @@ from matplotlib.ticker import MaxNLocator
 
 from llmprune.report.kinds import by_kind, site_rows
 from llmprune.report.portable import is_place, last_name
+from llmprune.report.recoveries import Recovery, cut_method, is_pruned, recoveries_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
     from numpy.typing import NDArray
 
 MAX_NUMBERS = 12  # blocks up to which there is room for a number in every cell
-BLUE = "#0072B2"
+BLUE, RED = "#0072B2", "#D55E00"
 STEPS = [1, 2, 5, 10]
 
 
@@ -33,25 +35,41 @@ class Picture(Figure):
 
 
 def report_figure(data: Mapping[str, Any]) -> Picture:
-    """Return sparsity by block and kind of linear above the relative output error by block.
+    """Return sparsity by block and kind of linear, the relative output error by block below it, and
+    below that the losses of each training.
 
-    The error's panel is left out where none was measured.
+    Panels of what there is nothing of are left out.
     """
-    kinds, errors = by_kind(data), _errors(data)
-    num_blocks = len(data["blocks"])
-    heights = [0.6 + 0.3 * len(kinds)] + ([2.0] if errors else [])
-    width = min(14.0, 7.0 + 0.08 * num_blocks)
+    kinds, errors, trainings = by_kind(data), _errors(data), recoveries_of(data)
+    heights = [0.6 + 0.3 * len(kinds)] if kinds else []
+    heights += ([2.0] if errors else []) + [2.4] * len(trainings)
+    width = min(14.0, 7.0 + 0.08 * len(data["blocks"]))
     figure = Picture(figsize=(width, sum(heights) + 0.9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     figure.suptitle(_title(data), fontsize="medium")
-    draw_sparsity(panels[0][0], data)
+    panels = list(figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
+    by_block = panels[: len(panels) - len(trainings)]
+    if kinds:
+        draw_sparsity(by_block[0], data)
     if errors:
-        draw_errors(panels[1][0], data)
-    gaps = len({(b, kind) for b, kind, _, _ in site_rows(data)}) < len(kinds) * num_blocks
-    panels[-1][0].set_xlabel("block" + (" (grey: nothing of this kind pruned)" if gaps else ""))
-    panels[-1][0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=STEPS))
+        draw_errors(by_block[-1], data)
+    _share_blocks(by_block, data)
+    for axes, one in zip(panels[len(by_block) :], trainings, strict=True):
+        draw_losses(axes, one)
     return figure
+
+
+def _share_blocks(panels: Sequence[Axes], data: Mapping[str, Any]) -> None:
+    """Give panels of blocks one axis, which the last of them names."""
+    for axes in panels[1:]:
+        panels[0].tick_params(labelbottom=False)
+        axes.sharex(panels[0])
+    if not panels:
+        return
+    pairs = {(block, kind) for block, kind, _, _ in site_rows(data)}
+    gaps = len(pairs) < len(by_kind(data)) * len(data["blocks"])
+    panels[-1].set_xlabel("block" + (" (grey: nothing of this kind pruned)" if gaps else ""))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=STEPS))
 
 
 def draw_sparsity(axes: Axes, data: Mapping[str, Any]) -> None:
@@ -101,12 +119,43 @@ def draw_errors(axes: Axes, data: Mapping[str, Any]) -> None:
             )  # fmt: skip
 
 
+def draw_losses(axes: Axes, one: Recovery) -> None:
+    """Draw the loss of every step of a training, and of the text held out where it was measured.
+
+    A loss that a teacher has a share in is of another scale, and gets an axis of its own.
+    """
+    history, taught = one.record["history"], bool(one.wish.get("distill"))
+    beside = axes.twinx() if taught else axes
+    lines: list[Line2D] = []
+    for place, key, label, colour, mark in (
+        (beside, "training", "training", BLUE, ""),
+        (axes, "held", "held out", RED, "o"),
+    ):
+        if pairs := history[key]:
+            steps, losses = zip(*pairs, strict=True)
+            lines += place.plot(steps, losses, label=label, color=colour, marker=mark, ms=3, lw=0.9)
+    axes.set_ylabel("loss\n(nats per token)", fontsize="small")
+    if taught:
+        beside.set_ylabel("training, with\nthe teacher's share", fontsize="small", color=BLUE)
+        beside.spines["top"].set_visible(False)
+    axes.set_xlabel(f"step of {one.name} ({one.record['method']})")
+    axes.spines[["top"] if taught else ["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(handles=lines, fontsize="small", frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=STEPS))
+
+
 def _title(data: Mapping[str, Any]) -> str:
     """Return model, method and result in one line."""
+    if not is_pruned(data):
+        name = str(data["run"]["source"]["name"])
+        return f"{last_name(name) if is_place(name) else name}, trained"
     size = f"{data['parameters_after']:,} parameters" if data["form"] == "shrunk" else "masked"
     name, bracket, kind = data["model"].rpartition(" (")
+    name = str((data["run"].get("chain") or {}).get("model", name))  # not what lay between steps
     model = f"{last_name(name) if is_place(name) else name}{bracket}{kind}"
-    return f"{model}, {data['method']}, sparsity {data['sparsity']:.3g}, {size}"
+    trained = ", trained" if data.get("recovery") else ""
+    return f"{model}, {cut_method(data)}, sparsity {data['sparsity']:.3g}, {size}{trained}"
 
 
 def _errors(data: Mapping[str, Any]) -> dict[int, float]:

@@ -18,7 +18,9 @@ from llmprune.checkpoint.sink import HEAVY, TEMPLATES, hash_file
 from llmprune.checkpoint.source import INDEX, open_folder, read_json
 from llmprune.report.card import card_text
 from llmprune.report.hub_errors import check_card, told_by_hub
+from llmprune.report.origin import runs_before
 from llmprune.report.portable import without_places, without_roots
+from llmprune.report.recounting import with_moved_masks
 from llmprune.report.run import Report
 
 OWN, CARD = "llmprune", "README.md"
@@ -72,7 +74,8 @@ def pack(folder: str | Path, repo: str, *, base_model: str | None = None) -> Pac
     weights = {entry.file for entry in open_folder(home).entries.values()}
     _check_unchanged(home, data.get("files", {}))
     files = {name: home / name for name in sorted(_own_files(home) | weights | _side_files(home))}
-    places = _places(home, run)
+    earlier = runs_before(run)
+    places = [place for each in (run, *earlier) for place in _places(home, each)]
     records = {
         name: without_places(read_json(home / OWN / name), places)
         for name in RECORDS
@@ -83,8 +86,8 @@ def pack(folder: str | Path, repo: str, *, base_model: str | None = None) -> Pac
     _check_no_token(files, texts)
     texts[CARD] = card_text(
         home,
-        records["report.json"],
-        records["run.json"],
+        with_moved_masks(records["report.json"], home),
+        [*without_places(earlier, places), records["run.json"]],
         records.get("evaluations.json", {}),
         repo=repo,
         base_model=base_model,
@@ -239,7 +242,11 @@ def _places(home: Path, run: Mapping[str, Any]) -> list[str | Path]:
     named = [wish.get("model")]
     texts = ((run.get("text") or {}).get("record") or {}).get("texts", ())
     named += [text.get("data") for text in texts] or [wish.get("calibration", {}).get("data")]
-    named += [step["evaluate"].get("data") for step in wish.get("steps", ()) if "evaluate" in step]
+    chain = run.get("chain") or {}
+    named.append(chain.get("model"))
+    steps = [*wish.get("steps", ()), *chain.get("steps", ())]
+    for data in (step[kind].get("data") for step in steps for kind in step if kind != "prune"):
+        named += [part["data"] for part in data] if isinstance(data, list) else [data]
     for key in ("source", "origin"):
         named += [run.get(key, {}).get("folder"), run.get(key, {}).get("name")]
     return [home, *(text for text in named if isinstance(text, str) and text)]

@@ -45,7 +45,9 @@ class Report:
                 f"{folder} has no llmprune/report.json, so it is not a finished result of "
                 "llmprune. Prune a model first: llmprune --model MODEL --sparsity 0.5 --out DIR."
             )
-        return cls(read_json(path))
+        from llmprune.report.recounting import with_moved_masks
+
+        return cls(with_moved_masks(read_json(path), Path(folder)))
 
     @property
     def out(self) -> Path | None:
@@ -59,9 +61,15 @@ class Report:
 
     @property
     def perplexity(self) -> tuple[float, float] | None:
-        """Return (dense, pruned) perplexity where it was measured."""
-        found = self.data.get("perplexity")
-        return (found["dense"]["value"], found["pruned"]["value"]) if found else None
+        """Return (dense, pruned) perplexity, of the result as it is, where both were measured."""
+        from llmprune.report.recoveries import sides
+
+        found = {side.label: float(side.entry["value"]) for side in sides(self.data)}
+        return (
+            (found["dense"], list(found.values())[-1])
+            if len(found) > 1 and "dense" in found
+            else None
+        )
 
     def table(self) -> str:
         """Return one line per site: weights, removed, sparsity, tokens."""
@@ -89,7 +97,9 @@ class Report:
         return coverage_text(self.data)
 
     def plot(self) -> Figure:
-        """Return a figure: sparsity by block and kind of linear, and output error by block."""
+        """Return a figure: sparsity by block and kind of linear, output error by block, and the
+        losses of each training.
+        """
         from llmprune.report.plots import report_figure
 
         return report_figure(self.data)

@@ -8,6 +8,7 @@ from typing import Any
 from llmprune.base.progress import human_bytes, human_seconds
 from llmprune.base.text import named_lines
 from llmprune.report.coverage import coverage_line
+from llmprune.report.recoveries import cut_method, is_pruned, last_wish, recovery_lines, sides
 from llmprune.report.stages import (
     accepted_line,
     fallback_line,
@@ -27,31 +28,54 @@ def report_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what there is to say about a run, each with its name."""
     seconds = ", ".join(f"{name} {human_seconds(value)}" for name, value in data["seconds"].items())
     lines = {
-        "result": f"{data['out'] or 'in memory'} ({data['form']})",
-        "method": _method(data),
-        "sparsity": (
-            f"{data['sparsity']:.5f} of eligible weights, "
-            f"{data['sparsity_of_all']:.5f} of all parameters"
-        ),
+        "result": f"{data['out'] or 'in memory'} ({_form(data)})",
+        "method": _method(data) if is_pruned(data) else "",
+        "sparsity": _sparsity(data) if is_pruned(data) else "",
         "parameters": _parameters(data),
         "bytes": _bytes(data),
         "KV cache": _cache(data),
         "tier": _tier(data),
-        "target": target_line(data),
+        "target": _of_the_cut(target_line(data), data),
         "allocation": verdict_line(data),
         "stages": stages_line(data),
         "updates": accepted_line(data),
         "repair": repair_line(data),
         "fallbacks": fallback_line(data),
-        "error": _error(data),
-        "perplexity": _perplexity(data.get("perplexity")) or _per_byte(data.get("rolling")),
+        "error": _of_the_cut(_error(data), data),
+        **recovery_lines(data),
+        "perplexity": _perplexity(data) or _per_byte(data),
         "experts": _experts(data),
         "proof": _proof(data.get("gate")),
         "resumed": _resumed(data.get("resumed_after")),
         "time": seconds,
-        "memory": f"{human_bytes(data['peak_memory'])} at the end of a block, at most",
+        "memory": _memory(data),
     }
     return [(name, text) for name, text in lines.items() if text]
+
+
+def _form(data: Mapping[str, Any]) -> str:
+    """Return how the result is stored; of a model that another tool pruned, that its zeros stay."""
+    held = (last_wish(data) or {}).get("masks") == "zeros"
+    return "its zeros held" if held and not is_pruned(data) else str(data["form"])
+
+
+def _sparsity(data: Mapping[str, Any]) -> str:
+    return (
+        f"{data['sparsity']:.5f} of eligible weights, "
+        f"{data['sparsity_of_all']:.5f} of all parameters"
+    )
+
+
+def _of_the_cut(text: str, data: Mapping[str, Any]) -> str:
+    """Return what was measured when a model was cut; one that was trained since is another."""
+    return (
+        f"{text} (when it was cut)" if text and data.get("recovery") and last_wish(data) else text
+    )
+
+
+def _memory(data: Mapping[str, Any]) -> str:
+    when = "at the end" if last_wish(data) else "at the end of a block, at most"
+    return f"{human_bytes(data['peak_memory'])} {when}"
 
 
 def _method(data: Mapping[str, Any]) -> str:
@@ -59,11 +83,11 @@ def _method(data: Mapping[str, Any]) -> str:
     parts: list[str | None] = ["permute"] if data.get("permute") else []
     parts += [data.get(part) for part in ("refine", "solver", "repair")]
     used = " + ".join(part for part in parts if part and part != "zero")
-    return ", ".join(filter(None, (data["method"], data.get("pattern"), allocation, used)))
+    return ", ".join(filter(None, (cut_method(data), data.get("pattern"), allocation, used)))
 
 
 def _parameters(data: Mapping[str, Any]) -> str:
-    before, after = data["parameters_before"], data["parameters_after"]
+    before, after = data.get("parameters_before"), data.get("parameters_after")
     return "" if before == after else f"{before:,} before, {after:,} after"
 
 
@@ -100,19 +124,22 @@ def _error(data: Mapping[str, Any]) -> str:
     return f"{errors[-1]:.4f} relative, output of the last block; largest {max(errors):.4f}"
 
 
-def _perplexity(quality: Mapping[str, Any] | None) -> str:
-    if not quality:
+def _perplexity(data: Mapping[str, Any]) -> str:
+    """Return what each model scores: the dense one where it is there, before and after training."""
+    found = sides(data)
+    if not found:
         return ""
-    dense, pruned = quality["dense"], quality["pruned"]
+    values, own = ", ".join(f"{s.entry['value']:.3f} {s.label}" for s in found), found[-1].entry
     return (
-        f"{dense['value']:.3f} dense, {pruned['value']:.3f} pruned ({pruned['num_windows']} "
-        f"windows of {pruned['seq_len']} tokens of {pruned['data']}{_unlike_the_papers(pruned)})"
+        f"{values} ({own['num_windows']} windows of {own['seq_len']} tokens of "
+        f"{own['data']}{_unlike_the_papers(own)})"
     )
 
 
-def _per_byte(quality: Mapping[str, Any] | None) -> str:
-    """Return what compares models that read a text in unequal tokens."""
-    if not quality:
+def _per_byte(data: Mapping[str, Any]) -> str:
+    """Return what compares models that read a text in unequal tokens; of a cut, not of training."""
+    quality = data.get("rolling")
+    if not quality or last_wish(data):
         return ""
     dense, pruned = quality["dense"], quality["pruned"]
     return (

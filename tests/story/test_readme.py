@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from threading import Lock, Thread
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from llmprune.evaluation import speed, stopwatch
 from tests.story.conftest import Command
 
 README = Path(__file__).parents[2] / "README.md"
@@ -39,6 +45,46 @@ def workplace(tmp_path: Path) -> Path:
     return home
 
 
+class Beside:
+    """Stands in for a measuring process: the same script in a thread, without starting Python."""
+
+    def __init__(self, command: list[str], **options: Any) -> None:
+        assert Path(command[-1]).name == "stopwatch.py"
+        requests, self.stdin = (
+            os.fdopen(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True)
+        )
+        self.stdout, said = (
+            os.fdopen(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True)
+        )
+
+        def work() -> None:
+            with requests, said:
+                stopwatch.serve(
+                    requests, lambda words: print(json.dumps(words), file=said, flush=True)
+                )
+
+        self.thread = Thread(target=work)
+        self.thread.start()
+
+    def kill(self) -> None:
+        self.stdin.close()
+
+    def communicate(self) -> None:
+        self.thread.join()
+        self.stdout.close()
+
+
+def one_at_a_time(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Let threads wait for one another while they load, which transformers asks for."""
+    lock = Lock()
+
+    def locked(job: dict[str, Any]) -> Any:
+        with lock:
+            return load(job)
+
+    return locked
+
+
 def test_the_readme_shows_a_command_that_needs_no_download() -> None:
     assert "llmprune --model demo --sparsity 0.5" in README.read_text(encoding="utf-8")
 
@@ -47,6 +93,8 @@ def test_the_commands_of_the_readme_are_carried_out_in_their_order(
     workplace: Path, command: Command, quick_gate: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process, which spares starting Python for each; some work on what others wrote."""
+    monkeypatch.setattr(speed, "subprocess", SimpleNamespace(Popen=Beside, PIPE=None))
+    monkeypatch.setattr(stopwatch, "load", one_at_a_time(stopwatch.load))
     monkeypatch.chdir(workplace)
     assert len(commands()) > 10
     for line in commands():
