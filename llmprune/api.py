@@ -31,7 +31,7 @@ from llmprune.measuring import evaluate, perplexity, rolling_perplexity, store_m
 from llmprune.recipe import Recipe, build, default_steps, override, recovery_recipe
 from llmprune.recovering import run_recovery
 from llmprune.report.run import Report
-from llmprune.runs import run_recipe
+from llmprune.runs import plans_of, run_recipe
 from llmprune.steps import run_resident, run_streamed
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from llmprune.engine.inspection import Inspection
     from llmprune.engine.plan import Plan
+    from llmprune.recovery.planning import RecoverPlan
 
 Mix = Sequence[Mapping[str, Any]]
 Text = str | PathLike[str] | Iterable[str] | Mix
@@ -75,19 +76,24 @@ def make_recipe(
     return build(override(data, list(settings)))
 
 
-def plan(recipe: Recipe | str, **wishes: Any) -> Plan:
+def plan(recipe: Recipe | str, **wishes: Any) -> Any:
     """Decide a run without reading a weight; the repr is the table of --dry-run.
 
-    Takes a `Recipe`, or a model and the keywords of `prune`.
+    Takes a `Recipe`, or a model and the keywords of `prune`. Of a recipe with several stages it is
+    the plan of the first, a `Plan`, or a `RecoverPlan` where that recovers; `run` runs them all.
 
     Raises:
         LlmpruneError: the wish cannot be met; says why.
     """
-    return open_plan(_recipe(recipe, wishes)).plan
+    return plans_of(_recipe(recipe, wishes))[0]
 
 
 def run(
-    plan: Plan, *, tokens: Tensor | None = None, overwrite: bool = False, quiet: bool = False
+    plan: Plan | RecoverPlan,
+    *,
+    tokens: Tensor | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
 ) -> Report:
     """Carry out a plan, or continue it where an earlier run stopped.
 
@@ -97,7 +103,8 @@ def run(
         LlmpruneError: nothing is published, and the source is as it was.
     """
     progress = Progress("quiet" if quiet else "rich")
-    budget = plan.budget if plan.budget.facts else None
+    budget = getattr(plan, "budget", None)
+    budget = budget if budget is not None and budget.facts else None
     report = run_recipe(plan.recipe, progress, tokens=tokens, overwrite=overwrite, budget=budget)
     assert report is not None  # a plan is made by one process
     return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,13 +14,18 @@ import torch
 
 from llmprune import __version__
 from llmprune.base.errors import LlmpruneError, NumericalError
-from llmprune.base.memory import anonymous_bytes
+from llmprune.base.memory import (
+    anonymous_bytes,
+    keep_large_pieces,
+    map_large_pieces,
+    return_freed,
+)
 from llmprune.base.progress import Progress
 from llmprune.calibration.heldout import evaluation_text
 from llmprune.calibration.mix import window_record
 from llmprune.calibration.selection import evaluation_data
 from llmprune.calibration.windows import token_hash
-from llmprune.checkpoint.sink import write_json, write_tensors
+from llmprune.checkpoint.sink import hash_file, write_json, write_tensors
 from llmprune.checkpoint.source import Source, check_free_space, open_folder, read_json
 from llmprune.delivery.gate import clean_scratch, gate_tokens, pass_gate
 from llmprune.engine.calibrating import leaked_share
@@ -32,7 +38,7 @@ from llmprune.recovery.bank import Bank
 from llmprune.recovery.examples import Examples, examples_of, read_examples, with_text_of
 from llmprune.recovery.loop import History, train
 from llmprune.recovery.objective import Objective
-from llmprune.recovery.planning import DENSE, RecoverPlan, fixes, open_recovery
+from llmprune.recovery.planning import DENSE, MASKED, RecoverPlan, fixes, open_recovery
 from llmprune.recovery.saved import Saved
 from llmprune.recovery.scheduling import keeps_by_linear, keeps_by_param, shaping_of
 from llmprune.recovery.shaping import Cut
@@ -44,6 +50,7 @@ from llmprune.recovery.student import (
     sparsity_facts,
 )
 from llmprune.recovery.writing import write_masks, write_trained
+from llmprune.report.recounting import block_rows
 from llmprune.report.run import Report
 from llmprune.steps import run_resident
 from llmprune.walk.forward import embed, logits, walk
@@ -91,8 +98,8 @@ def run_recovery(
     Raises:
         LlmpruneError: nothing is published, and the source is as it was.
     """
+    plan = open_recovery(recipe, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
     accelerator = _accelerator(recipe)
-    plan = open_recovery(recipe, num_processes=accelerator.num_processes)
     if not accelerator.is_main_process:
         progress = Progress("quiet")
         _train_along(plan, tokens, accelerator, progress)
@@ -146,7 +153,8 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     if recipe.device.startswith("cuda:"):
         torch.cuda.set_device(torch.device(recipe.device))
     return Accelerator(
-        cpu=on_cpu, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
+        cpu=on_cpu,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
 
 
@@ -167,9 +175,12 @@ def _carry_out(
         with _timed(seconds, "teacher"):
             fill_teacher(plan, examples, _teacher(records), progress)
     with _timed(seconds, "load"):
-        student = open_student(plan, accelerator.device)
+        student = open_student(plan, examples, accelerator.device)
+    keep_large_pieces()
     with _timed(seconds, "train"):
         history = _train(plan, student, examples, records, progress, accelerator)
+    map_large_pieces()
+    return_freed()
     with _timed(seconds, "merge"):
         hashes, merge = _merge(plan, student, records)
     progress.event("merged", **asdict(merge))
@@ -190,10 +201,13 @@ def _carry_out(
     before = plan.source.folder / OWN / "report.json"
     earlier = read_json(before) if before.exists() else {}
     data = _report(plan, earlier, fixed, history, merge, seconds, progress)
+    if plan.form == MASKED:
+        data["form"] = MASKED
     if plan.wish.prune is not None:
-        data |= sparsity_facts(plan, student)
+        data |= sparsity_facts(plan, student) | {"blocks": block_rows(records.partial)}
     data |= {"gate": verdict.to_dict() | {"folder": str(plan.out)}, "perplexity": quality}
-    return Report(data | {"files": hashes})
+    masks = {f"{OWN}/{path.name}": hash_file(path) for path in sorted(records.own.glob("masks-*"))}
+    return Report(data | {"files": hashes | masks})
 
 
 def _train_along(
@@ -208,7 +222,7 @@ def _train_along(
 
     text = load_file(_tokens_file(records))
     examples = examples_of(text["tokens"], seed=plan.recipe.seed, targets_NT=text["targets"])
-    student = open_student(plan, accelerator.device)
+    student = open_student(plan, examples, accelerator.device)
     _train(plan, student, examples, records, progress, accelerator, waits=False)
 
 
@@ -274,7 +288,7 @@ def _merge(plan: RecoverPlan, student: Student, records: Records) -> tuple[dict[
     """
     tokens, trainee = gate_tokens(plan.blocks.model.config), student.trainee
     trainee.model.to("cpu").float()
-    keeps = trainee.held if plan.wish.prune is not None else student.bank.keeps
+    keeps = {**student.bank.keeps, **trainee.held}
     bank = Bank(keeps={name: keep.cpu() for name, keep in keeps.items()})
     trained = _logits(trainee.model, tokens)
     if plan.wish.keep_adapter and trainee.model is not trainee.plain:
@@ -339,12 +353,13 @@ def _text(
         return examples_of(tokens, seed=seed), window_record("token ids", tokens), None
     tokenizer = read_tokenizer(plan.source, plan.recipe)
     wanted = with_text_of(plan.recipe, plan.wish, plan.seq_len)
-    examples, found = read_examples(wanted, tokenizer, seq_len=plan.seq_len)
+    examples, found = read_examples(wanted, tokenizer, seq_len=plan.seq_len, loss=plan.wish.loss)
     for notice in found.notices:
-        progress.note(notice.replace("calibration uses", "recover trains on"))
+        progress.note(notice)
     question = _question(plan, Progress("quiet"))
     asked = question.windows.inputs_NT if question else None
-    return examples, dict(found.record), leaked_share(examples.ids_NT, asked, progress)
+    leak = leaked_share(examples.ids_NT, asked, progress, what="training", flag="--data")
+    return examples, dict(found.record), leak
 
 
 def _question(plan: RecoverPlan, progress: Progress) -> Question | None:
@@ -375,8 +390,11 @@ def _evaluate(
     plan: RecoverPlan, folder: Path, question: Question, progress: Progress
 ) -> dict[str, Any] | None:
     """Return the perplexity of the dense model where it still lies, before and after."""
+    dense = open_origin(plan.source, plan.recipe, torch.float32)
+    if dense is not None and _vocabulary(dense) != _vocabulary(plan.blocks):
+        dense = None  # it reads the same text in other tokens
     sides: dict[str, Streamed | None] = {
-        "dense": open_origin(plan.source, plan.recipe, torch.float32),
+        "dense": dense,
         "before": _blocks_of(plan, plan.source),
         "pruned": _blocks_of(plan, open_folder(folder)),
     }
@@ -394,6 +412,10 @@ def _evaluate(
             found[name] = asdict(question.answer(*loss, dtype=torch.float32))
             stage.advance(name, perplexity=found[name]["value"])
     return found
+
+
+def _vocabulary(blocks: Streamed) -> int:
+    return int(blocks.model.config.get_text_config().vocab_size)
 
 
 def _check_finished(out: Path, fixed: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,11 @@ def plans_of(recipe: Recipe) -> list[Any]:
     """
     stages = recipe.stages()
     first = stages[0]
-    found: Any = open_recovery(first) if first.recover is not None else open_plan(first).plan
+    found: Any
+    if first.recover is not None:
+        found = replace(open_recovery(first), recipe=recipe)
+    else:
+        found = replace(open_plan(first).plan, recipe=recipe)
     return [found, *(_told(stage) for stage in stages[1:])]
 
 

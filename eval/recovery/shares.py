@@ -56,6 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["mask-lora"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--settings", nargs="*", default=[], help="keys of every recovery's step")
     parser.add_argument("--data", required=True)
     parser.add_argument("--heldout", nargs="+", type=Path, required=True)
     parser.add_argument("--every", type=int, default=4, help="measure on every Nth window")
@@ -87,7 +88,8 @@ def pruned(pruning: str, seed: int, asked: argparse.Namespace) -> Path:
 
 def recovered(folder: str, method: str, seed: int, asked: argparse.Namespace) -> tuple[Path, float]:
     """Return the folder of a recovery, made where it is missing, and the seconds it trained."""
-    name, *settings = method.split("+")
+    name, *own = method.split("+")
+    settings = [*asked.settings, *own]
     out: Path = asked.work / f"{Path(folder).name}-{method}-{asked.steps}-{seed}"
     if not out.exists():
         llmprune.recover(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmprune.base.errors import RecipeError
+from llmprune.calibration.turns import Message, Said, said_spans
 
 COLUMNS = ("messages", "conversations", "conversation")
 PAIRS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"))
@@ -14,8 +15,6 @@ PAIRS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "respon
 _HOPELESS = 100  # conversations refused from the start, before reading on is given up
 _KEYS = (("role", "content"), ("from", "value"))  # those of templates, and those of ShareGPT
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
-
-Message = dict[str, Any]
 
 
 def messages_of(value: object) -> list[Message] | None:
@@ -40,11 +39,14 @@ class Chats:
     """Writes conversations by the template of a tokenizer, and counts those that it cannot write.
 
     Templates refuse roles that they do not know, or that do not take turns; some fail otherwise.
+    With ``marks`` the text knows what an assistant said, but for `num_unmarked` of those written.
     """
 
     tokenizer: Any = None
+    marks: bool = False
     num_written: int = 0
     num_refused: int = 0
+    num_unmarked: int = 0
     reason: str = ""  # of the last refusal
 
     @property
@@ -75,7 +77,7 @@ class Chats:
                 raise self.refused(what, key) from error
             return None
         self.num_written += 1
-        return found
+        return self._marked(found, messages) if self.marks else found
 
     def pair(self, question: str, answer: str, *, what: str, key: str) -> str | None:
         """Return an instruction and its answer as a chat, or joined where there is no template."""
@@ -83,6 +85,14 @@ class Chats:
             return f"{question}\n\n{answer}"
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return self.text(turns, what=what, key=key)
+
+    def _marked(self, text: str, messages: list[Message]) -> str:
+        """Return the text of a conversation with what an assistant said, where that is certain."""
+        spans = said_spans(text, messages, self.tokenizer)
+        if spans is None:
+            self.num_unmarked += 1
+            return text
+        return Said(text, spans)
 
     def refused(self, what: str, key: str) -> RecipeError:
         """Return what to raise where no conversation could be written."""

@@ -11,35 +11,45 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmprune.base.errors import RecipeError
 from llmprune.calibration.chat import Chats
 from llmprune.calibration.documents import Text, open_text
 from llmprune.calibration.files import local_files
 from llmprune.calibration.selection import calibration_texts, name_of, place_of
-from llmprune.calibration.windows import token_hash, tokenize_windows
+from llmprune.calibration.turns import only_said
+from llmprune.calibration.windows import token_hash, tokenize_asked
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from llmprune.recipe.models import Recipe
 
+Loss = Literal["assistant", "all", "auto"]
+
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*template*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Token windows (N, T) int64, what a report says of them, and what the user should know."""
+    """Token windows (N, T) int64, what a report says of them, and what the user should know.
+
+    `asked` (N, T) bool tells which tokens a training may ask for; without it those are all.
+    """
 
     tokens: Tensor
     record: Mapping[str, Any]
+    asked: Tensor | None = None
     notices: tuple[str, ...] = ()
     is_remote: bool = False
 
 
-def read_windows(recipe: Recipe, tokenizer: Any, *, seq_len: int) -> Windows:
-    """Read the windows that a recipe asks for.
+def read_windows(recipe: Recipe, tokenizer: Any, *, seq_len: int, loss: Loss = "all") -> Windows:
+    """Read the windows that a recipe asks for, the same ones for every ``loss``.
+
+    ``loss`` says which tokens a training may ask for: all; what an assistant said and nothing else;
+    or, with "auto", what an assistant said in conversations and all of plain text.
 
     Raises:
         RecipeError: a text is not there, cannot be reached, or is too short.
@@ -53,11 +63,12 @@ def read_windows(recipe: Recipe, tokenizer: Any, *, seq_len: int) -> Windows:
     texts = [open_text(each, key=key) for each, key in zip(wishes, keys, strict=True)]
     counts = shares([each.weight for each in wishes], wish.num_samples)
     check_shares(texts, counts)
-    found, notices = [], []
+    found, asked, notices = [], [], []
     for text, count in zip(texts, counts, strict=True):
-        chats = Chats(tokenizer)
-        tokens_NT, notice = tokenize_windows(
-            text.documents(seed, chats),
+        chats = Chats(tokenizer, marks=loss != "all")
+        documents = text.documents(seed, chats)
+        tokens_NT, asked_NT, notice = tokenize_asked(
+            only_said(documents) if loss == "assistant" else documents,
             tokenizer,
             num_samples=count,
             seq_len=seq_len,
@@ -66,12 +77,20 @@ def read_windows(recipe: Recipe, tokenizer: Any, *, seq_len: int) -> Windows:
             key=text.key,
         )
         found.append(tokens_NT)
+        asked.append(asked_NT)
         notices += [f"{text.wish.data}: {notice}" if many else notice] if notice else []
         if chats.num_refused:
             read = chats.num_refused + chats.num_written
             notices.append(
                 f"calibration leaves out {chats.num_refused} of {read} conversations of "
                 f"'{text.wish.data}', which the chat template refuses: {chats.reason}."
+            )
+        if chats.num_unmarked:
+            notices.append(
+                f"what the assistant said is not certain in {chats.num_unmarked} of "
+                f"{chats.num_written} conversations of '{text.wish.data}', as the chat template "
+                f"writes them: {'none' if loss == 'assistant' else 'all'} of their tokens are "
+                "asked for."
             )
     records = [
         text.record() | {"num_windows": len(tokens_NT)}
@@ -81,6 +100,7 @@ def read_windows(recipe: Recipe, tokenizer: Any, *, seq_len: int) -> Windows:
     return Windows(
         tokens=tokens_NT,
         record=window_record(name_of(wishes), tokens_NT, texts=records),
+        asked=None if loss == "all" else _put_together(asked, seed),
         notices=tuple(notices),
         is_remote=any(text.is_remote for text in texts),
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmprune.base.errors import RecipeError
+from llmprune.calibration.turns import Said, Span, asked_tokens
 
 _PIECE = 100_000  # characters that go to the tokenizer at once; some are quadratic in the length
 _READ_AHEAD = 4  # windows read for each one drawn
@@ -42,6 +43,33 @@ def tokenize_windows(
     Raises RecipeError where the text, called ``key``, does not fill one window or the tokenizer has
     no such token.
     """
+    tokens_NT, _, notice = tokenize_asked(
+        *(documents, tokenizer),
+        num_samples=num_samples,
+        seq_len=seq_len,
+        seed=seed,
+        bos=bos,
+        key=key,
+    )
+    return tokens_NT, notice
+
+
+def tokenize_asked(
+    documents: Iterable[str],
+    tokenizer: Any,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    bos: bool = False,
+    key: str = "calibration.data",
+) -> tuple[Tensor, Tensor, str | None]:
+    """Do as `tokenize_windows`; return also which tokens (N, T) bool a training may ask for.
+
+    These are all of plain text, and of a conversation that knows it (`Said`) what an assistant
+    said. An end-of-text token belongs to the document before it, and a conversation's own end is
+    that of its turns; nothing asks for the token that begins a window.
+    """
     if bos and tokenizer.bos_token_id is None:
         raise RecipeError(
             "calibration.bos: this tokenizer has no beginning-of-text token. "
@@ -49,18 +77,20 @@ def tokenize_windows(
         )
     body = seq_len - bos
     limit = _READ_AHEAD * num_samples * body
-    stream = _stream(_shuffled(documents, seed), tokenizer, limit, bos=bos)
+    stream, asked = _stream(_shuffled(documents, seed), tokenizer, limit, bos=bos)
     num_windows = len(stream) // body
     if num_windows == 0:
         raise RecipeError(
             f"{key}: the text has {len(stream)} tokens, and one window needs {body}. "
             "Give more text, or a smaller `calibration.seq_len`."
         )
-    windows_NT = torch.tensor(stream[: num_windows * body], dtype=torch.int64).view(-1, body)
-    drawn = torch.randperm(num_windows, generator=torch.Generator().manual_seed(seed))
-    windows_NT = windows_NT[drawn[:num_samples]]
+    whole = num_windows * body
+    drawn = torch.randperm(num_windows, generator=torch.Generator().manual_seed(seed))[:num_samples]
+    windows_NT = torch.tensor(stream[:whole], dtype=torch.int64).view(-1, body)[drawn]
+    asked_NT = torch.tensor(asked[:whole], dtype=torch.bool).view(-1, body)[drawn]
     if bos:
         windows_NT = torch.nn.functional.pad(windows_NT, (1, 0), value=tokenizer.bos_token_id)
+        asked_NT = torch.nn.functional.pad(asked_NT, (1, 0), value=False)
     notice = None
     if num_windows < num_samples:
         notice = (
@@ -68,7 +98,7 @@ def tokenize_windows(
             f"the text has {len(stream)} tokens. More text, or a smaller `calibration.seq_len`, "
             "gives more windows."
         )
-    return windows_NT, notice
+    return windows_NT, asked_NT, notice
 
 
 def token_ids(text: str, tokenizer: Any, *, limit: int | None = None) -> list[int]:
@@ -77,12 +107,7 @@ def token_ids(text: str, tokenizer: Any, *, limit: int | None = None) -> list[in
     Long text is tokenized in pieces that end between two words, where the tokenizer allows it so
     that the tokens are those of the whole.
     """
-    ids: list[int] = []
-    for piece in _pieces(text, _joint(tokenizer)):
-        ids += _encode(piece, tokenizer)
-        if limit is not None and len(ids) >= limit:
-            return ids[:limit]
-    return ids
+    return _tokens(text, tokenizer, limit)[0]
 
 
 def token_hash(tokens: Tensor) -> str:
@@ -111,21 +136,65 @@ def _shuffled(documents: Iterable[str], seed: int) -> Iterator[str]:
     yield from buffer
 
 
-def _stream(documents: Iterable[str], tokenizer: Any, limit: int, *, bos: bool) -> list[int]:
-    """Return at most ``limit`` tokens of documents, with one end-of-text between them."""
+def _stream(
+    documents: Iterable[str], tokenizer: Any, limit: int, *, bos: bool
+) -> tuple[list[int], list[bool]]:
+    """Return at most ``limit`` tokens of documents, with one end-of-text between them.
+
+    With them, whether each may be asked for.
+    """
     end = tokenizer.eos_token_id
     stream: list[int] = []
+    asked: list[bool] = []
+    is_plain = True
     for text in documents:
-        ids = token_ids(text, tokenizer, limit=limit)
+        ids, asks = _tokens(text, tokenizer, limit)
         if stream and end is not None and stream[-1] != end:  # templates may end with it
             stream.append(end)
-        stream += ids[1:] if bos and ids[:1] == [tokenizer.bos_token_id] else ids
+            asked.append(is_plain)
+        is_plain = not isinstance(text, Said)
+        own = int(bos and ids[:1] == [tokenizer.bos_token_id])
+        stream += ids[own:]
+        asked += asks[own:]
         if len(stream) >= limit:
             break
-    return stream[:limit]
+    return stream[:limit], asked[:limit]
+
+
+def _tokens(text: str, tokenizer: Any, limit: int | None) -> tuple[list[int], list[bool]]:
+    """Return tokens of a text, and which of them may be asked for."""
+    spans = text.spans if isinstance(text, Said) else None
+    ids: list[int] = []
+    asked: list[bool] = []
+    for start, piece in _pieces(text, _joint(tokenizer)):
+        if spans:
+            found, offsets = _encode_with_offsets(piece, tokenizer)
+            asked += asked_tokens([(a - start, b - start) for a, b in spans], offsets)
+        else:
+            found = _encode(piece, tokenizer)
+            asked += [spans is None] * len(found)
+        ids += found
+        if limit is not None and len(ids) >= limit:
+            break
+    return ids[:limit], asked[:limit]
 
 
 def _encode(text: str, tokenizer: Any) -> list[int]:
+    _check_characters(text)
+    # `verbose=False` is about the model's context length, which the windows will respect.
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _encode_with_offsets(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
+    """Return the same tokens, and the characters that each is of."""
+    _check_characters(text)
+    wishes = {"add_special_tokens": False, "verbose": False, "return_offsets_mapping": True}
+    found = tokenizer(text, **wishes)
+    return found["input_ids"], found["offset_mapping"]
+
+
+def _check_characters(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -134,9 +203,6 @@ def _encode(text: str, tokenizer: Any) -> list[int]:
             f"the text holds half a character (a surrogate without its other half) at {place!r}. "
             "Mend or leave out what it is in."
         ) from None
-    # `verbose=False` is about the model's context length, which the windows will respect.
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 def _joint(tokenizer: Any) -> int:
@@ -148,13 +214,14 @@ def _joint(tokenizer: Any) -> int:
     return int(both != first + _encode(" b", tokenizer) and both == first + _encode("b", tokenizer))
 
 
-def _pieces(text: str, joint: int) -> Iterator[str]:
+def _pieces(text: str, joint: int) -> Iterator[tuple[int, str]]:
+    """Yield pieces of a text, and where each begins."""
     start = 0
     while len(text) - start > _PIECE:
         end = _between_words(text, start + _PIECE // 2, start + _PIECE)
-        yield text[start:end]
+        yield start, text[start:end]
         start = end + joint * (text[end] == " ")
-    yield text[start:]
+    yield start, text[start:]
 
 
 def _between_words(text: str, low: int, high: int) -> int:

@@ -140,11 +140,17 @@ def drawn_windows(plan: Plan, tokenizer: Any) -> Windows:
 
 
 def leaked_share(
-    tokens: Tensor | None, evaluation_NT: Tensor | None, progress: Progress
+    tokens: Tensor | None,
+    evaluation_NT: Tensor | None,
+    progress: Progress,
+    *,
+    what: str = "calibration",
+    flag: str = "--calib",
 ) -> float | None:
-    """Return how much of the evaluation text was calibrated on; warn where that counts.
+    """Return how much of the evaluation text is in a text that shaped the result; warn of much.
 
-    None where there is nothing to compare, or windows are shorter than what is compared.
+    `what` names that text, and `flag` gives another. None where there is nothing to compare, or
+    windows are shorter than what is compared.
     """
     if tokens is None or evaluation_NT is None:
         return None
@@ -153,8 +159,8 @@ def leaked_share(
     share = shared_share(tokens, evaluation_NT)
     if share > MOST_SHARED:
         progress.warn(
-            f"{100 * share:.1f} % of the evaluation text is in the calibration text, so the "
-            "perplexity of the result will flatter. Choose another --calib, or another text with "
+            f"{100 * share:.1f} % of the evaluation text is in the {what} text, so the "
+            f"perplexity of the result will flatter. Choose another {flag}, or another text with "
             "--set evaluate.data=NAME."
         )
     return share

@@ -23,7 +23,7 @@ from llmprune.recovery.examples import Examples
 from llmprune.recovery.objective import Objective, next_token_loss
 from llmprune.recovery.rates import rate_factor
 from llmprune.recovery.saved import Saved
-from llmprune.recovery.shaping import Shaping
+from llmprune.recovery.shaping import Moves
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,7 +37,8 @@ class Course:
     """How long and how fast to train.
 
     `micro_batch` windows are read at once in each process; every `evaluate_every` steps the loss of
-    what is held out is measured, every `save_every` steps the state is written.
+    what is held out is measured, every `save_every` steps the state is written. `half` computes
+    in bfloat16.
     """
 
     steps: int
@@ -51,6 +52,7 @@ class Course:
     evaluate_every: int
     save_every: int
     rounds: int = 1
+    half: bool = False
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step; it runs its course anew in each of equal rounds."""
@@ -81,7 +83,7 @@ def train(
     progress: Progress,
     accelerator: Accelerator,
     objective: Objective | None = None,
-    shaping: Shaping | None = None,
+    shaping: Moves | None = None,
     resume: Mapping[str, Any] | None = None,
 ) -> History:
     """Train, or go on from a saved state, to the last step; `shaping` moves masks on the way.
@@ -141,7 +143,7 @@ class _Run:
 
     def __init__(
         self, trainee: Trainee, examples: Examples, course: Course, accelerator: Accelerator,
-        objective: Objective, shaping: Shaping | None,
+        objective: Objective, shaping: Moves | None,
     ) -> None:  # fmt: skip
         self.trainee, self.examples, self.course = trainee, examples, course
         self.accelerator, self.objective, self.shaping = accelerator, objective, shaping
@@ -181,6 +183,11 @@ class _Run:
             total += loss.detach().double().cpu()
         return float(self._summed(total)) / max(1, count)
 
+    def halved(self) -> torch.autocast:
+        """Compute in bfloat16, where that is asked for: norms and losses stay in float32."""
+        kind = self.device.type
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.course.half)
+
     def held_loss(self) -> float:
         """Return the mean loss of what is held out."""
         total, count = torch.zeros((), dtype=torch.float64), 0
@@ -188,7 +195,8 @@ class _Run:
             for part in self._parts(list(self.examples.held)):
                 ids_BT, targets_BT = self._batch(part)
                 # without DDP, whose forward is a conversation: shares may differ by a window
-                logits = self.trainee.model(input_ids=ids_BT, use_cache=False).logits
+                with self.halved():
+                    logits = self.trainee.model(input_ids=ids_BT, use_cache=False).logits
                 total += next_token_loss(logits, targets_BT).double().cpu()
         count = int((self.examples.targets_NT[list(self.examples.held)] != IGNORED).sum())
         return float(self._summed(total)) / max(1, count)
@@ -196,7 +204,7 @@ class _Run:
     def _loss(self, windows: list[int]) -> Tensor:
         ids_BT, targets_BT = self._batch(windows)
         self.objective.begin()
-        with self.accelerator.autocast():
+        with self.halved():
             output = self.model(input_ids=ids_BT, use_cache=False)
         return self.objective.loss(output, windows, targets_BT)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from llmprune.base.registry import Registry
 from llmprune.recovery.types import Recovery
 
-PERP = "Zimmer et al., PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs"
-LORA = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models"
+PERP = (
+    "Zimmer et al., PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs, "
+    "arXiv:2312.15230"
+)
+LORA = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685"
 
 RECOVERIES: Registry[Recovery] = Registry(
     "recover.method",
@@ -17,7 +20,7 @@ RECOVERIES: Registry[Recovery] = Registry(
             paper=PERP,
             adapter="mask-lora",
             trains=("norms",),
-            learning_rate=1e-3,
+            learning_rate=5e-4,
         ),
         "lora": Recovery(
             title="LoRA",
@@ -25,21 +28,32 @@ RECOVERIES: Registry[Recovery] = Registry(
             paper=LORA,
             adapter="lora",
             fills=True,
-            learning_rate=1e-3,
+            learning_rate=5e-4,
         ),
         "lora-prune": Recovery(
             title="LoRA, cut at the merge",
             summary="low-rank updates trained whole, and cut by the masks when merged",
             paper=PERP,
             adapter="lora-prune",
-            learning_rate=1e-3,
+            learning_rate=5e-4,
+        ),
+        "loraprune": Recovery(
+            title="LoRAPrune",
+            summary="low-rank updates, by whose gradients whole units go on the way",
+            paper="Zhang et al., LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient "
+            "Fine-Tuning",
+            adapter="mask-lora",
+            units=True,
+            rank=8,
+            alpha=16.0,
+            learning_rate=3e-4,
         ),
         "scale-lora": Recovery(
             title="ScaleLoRA",
             summary="weights times a low-rank matrix that begins as ones (its rank stays 1)",
             paper=PERP,
             adapter="scale-lora",
-            learning_rate=1e-3,
+            learning_rate=5e-4,
         ),
         "hira": Recovery(
             title="HiRA",

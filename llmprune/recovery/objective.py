@@ -35,7 +35,7 @@ class Objective:
 
     `kinds` are rows of the table of distillations. Of two, the second counts as much as the first
     does where training begins; `scale` is what that takes, and `hidden` are the outputs of blocks
-    in the forward at hand.
+    in the forward at hand. `kept` are the teacher's blocks that the student still has.
     """
 
     kinds: tuple[str, ...] = ()
@@ -43,6 +43,7 @@ class Objective:
     teacher: TeacherCache | None = None
     scale: float | None = None
     hidden: list[Tensor] = field(default_factory=list)
+    kept: Sequence[int] | None = None
 
     def watch(self, blocks: Sequence[Any]) -> None:
         """Keep what blocks give, where a loss compares it."""
@@ -62,7 +63,7 @@ class Objective:
     def loss(self, output: Any, windows: Sequence[int], targets_BT: Tensor) -> Tensor:
         """Return the loss of a micro-batch, summed over the tokens that are asked for."""
         hidden, self.hidden = self.hidden, []  # a graph lives no longer than its backward
-        total = output.logits.new_zeros((), dtype=torch.float32)
+        total: Tensor = output.logits.new_zeros((), dtype=torch.float32)
         if self.weight < 1:
             total = total + (1 - self.weight) * next_token_loss(output.logits, targets_BT)
         if self.teacher is None:
@@ -89,9 +90,14 @@ class Objective:
         """Return one of the teacher's losses, a mean over tokens."""
         assert self.teacher is not None
         row = DISTILLATIONS[kind]
+        found: Tensor
         if row.needs == "hidden":
-            return row.stored(hidden, self.teacher.hidden(windows), targets_BT)
-        return row.stored(output.logits, self.teacher.top(windows), targets_BT)
+            taught = self.teacher.hidden(windows)
+            taught = taught if self.kept is None else [taught[index] for index in self.kept]
+            found = row.stored(hidden, taught, targets_BT)
+        else:
+            found = row.stored(output.logits, self.teacher.top(windows), targets_BT)
+        return found
 
 
 def kinds_of(text: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.source import Source
 from llmprune.delivery.heterogeneous import is_own_code
 from llmprune.delivery.masks import OWN, MaskFiles
-from llmprune.engine.opening import choose_device, open_blocks, storage_dtype
+from llmprune.engine.opening import anatomies_of, choose_device, open_blocks, storage_dtype
 from llmprune.recipe import Recipe, RecoverStep
 from llmprune.recovery.loop import Course
 from llmprune.recovery.methods import RECOVERIES
+from llmprune.recovery.refusals import check_fade, check_pattern, check_units
 from llmprune.recovery.regrowth import REGROWTHS
 from llmprune.recovery.schedules import SCHEDULES
 from llmprune.recovery.soft import SOFT_MASKS
 from llmprune.recovery.types import Recovery
+from llmprune.recovery.unit_counts import final_counts
 from llmprune.walk.streamed import Streamed
 
 MOST_TOKENS = 1024  # of a window, where nothing is asked
@@ -70,6 +72,7 @@ class RecoverPlan:
     def data(self) -> dict[str, Any]:
         """Return the decisions as plain data."""
         return {
+            "model": self.source.name,
             "method": self.name,
             "rank": self.rank if self.row.adapter else None,
             "alpha": self.alpha if self.row.adapter else None,
@@ -82,29 +85,38 @@ class RecoverPlan:
             **vars(self.course),
         }
 
+    def _removal(self) -> str:
+        """Return what is removed meanwhile, and when; empty where masks stay."""
+        prune, wish = self.wish.prune, self.wish
+        if prune is None:
+            return ""
+        how = [wish.regrow, wish.soft, wish.fade, None if wish.rewind == "none" else wish.rewind]
+        more = "".join(f", {each}" for each in how if each)
+        return f"{prune.sparsity:g} by {prune.method}, {prune.pattern}, {wish.schedule}{more}"
+
     def __str__(self) -> str:
         course, share = self.course, self.num_trained / self.num_params
         adapter = f", rank {self.rank}, alpha {self.alpha:g}" if self.row.adapter else ""
-        return named_lines(
-            [
-                ("model", f"{self.source.name} ({self.form})"),
-                ("method", f"{self.row.title}: {self.row.summary}{adapter}"),
-                (
-                    "trained",
-                    f"{human_count(self.num_trained)} of {human_count(self.num_params)} "
-                    f"parameters ({100 * share:.3f} %)" + (", norms too" if self.norms else ""),
-                ),
-                (
-                    "course",
-                    f"{course.steps} steps of {course.batch} x {self.seq_len} tokens "
-                    f"({human_count(self.num_tokens)} in all), {course.micro_batch} sequences at "
-                    f"once, rate {course.learning_rate:g}, {course.decay}",
-                ),
-                ("memory", f"about {human_bytes(self.memory)}"),
-                ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
-                ("writes", str(self.out)),
-            ]
-        )
+        lines = [
+            ("model", f"{self.source.name} ({self.form})"),
+            ("method", f"{self.row.title}: {self.row.summary}{adapter}"),
+            (
+                "trained",
+                f"{human_count(self.num_trained)} of {human_count(self.num_params)} "
+                f"parameters ({100 * share:.3f} %)" + (", norms too" if self.norms else ""),
+            ),
+            (
+                "course",
+                f"{course.steps} steps of {course.batch} x {self.seq_len} tokens "
+                f"({human_count(self.num_tokens)} in all), {course.micro_batch} sequences at "
+                f"once, rate {course.learning_rate:g}, {course.decay}",
+            ),
+            ("removes", self._removal()),
+            ("memory", f"about {human_bytes(self.memory)}"),
+            ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
+            ("writes", str(self.out)),
+        ]
+        return named_lines([line for line in lines if line[1]])
 
 
 def open_recovery(recipe: Recipe, *, num_processes: int = 1) -> RecoverPlan:
@@ -128,6 +140,8 @@ def open_recovery(recipe: Recipe, *, num_processes: int = 1) -> RecoverPlan:
     name = method_of(wish, form)
     row = RECOVERIES[name]
     check_method(name, row, form, wish, source.name)
+    if row.units:
+        final_counts(wish, anatomies_of(blocks))
     if not row.adapter and (wish.rank or wish.alpha):
         raise RecipeError(
             f"recover.{'rank' if wish.rank else 'alpha'}: {name} has no adapters, so it has no "
@@ -136,9 +150,9 @@ def open_recovery(recipe: Recipe, *, num_processes: int = 1) -> RecoverPlan:
     seq_len = _seq_len(wish, recipe, blocks.model.config)
     rank, norms = wish.rank or row.rank, wish.norms
     norms = "norms" in row.trains if norms is None else norms
-    course = _course(wish, row, seq_len, num_processes)
-    trained = _num_trained(blocks, row, rank, norms)
     dtype = _dtype(recipe, row, stored, device)
+    course = replace(_course(wish, row, seq_len, num_processes), half=dtype == torch.bfloat16)
+    trained = _num_trained(blocks, row, rank, norms)
     num_params = sum(entry.num_params for entry in source.entries.values())
     hidden, checkpointing = _activations(blocks, course, seq_len, wish, num_params)
     return RecoverPlan(
@@ -187,6 +201,9 @@ def check_method(name: str, row: Recovery, form: str, wish: RecoverStep, model: 
     Raises:
         RecipeError: it would fill zeros. CheckpointError: there is nothing that was pruned.
     """
+    if row.units:
+        check_units(name, wish)
+        return
     if wish.prune is not None:
         if "weights" not in row.trains:
             raise RecipeError(
@@ -214,7 +231,10 @@ def check_shaping(wish: RecoverStep) -> None:
     Raises:
         UnknownName, RecipeError: a name is none, or two of them exclude each other.
     """
-    moving = {"regrow": wish.regrow, "soft": wish.soft, "rewind": wish.rewind != "none"}
+    moving = {
+        **{"regrow": wish.regrow, "soft": wish.soft, "fade": wish.fade},
+        "rewind": wish.rewind != "none",
+    }
     if wish.prune is None:
         if given := [key for key, value in moving.items() if value]:
             raise RecipeError(
@@ -241,6 +261,9 @@ def check_shaping(wish: RecoverStep) -> None:
         raise RecipeError(
             "recover.prune.target: what is removed while training is a share. Give a sparsity."
         )
+    check_pattern(wish, wish.prune)
+    if wish.fade is not None:
+        check_fade(wish, wish.fade)
 
 
 def _default_out(recipe: Recipe) -> Path:
@@ -248,11 +271,21 @@ def _default_out(recipe: Recipe) -> Path:
 
 
 def _dtype(recipe: Recipe, row: Recovery, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return what frozen weights are held in; weights that are trained are float32."""
+    """Return what frozen weights are held in; weights that are trained are float32.
+
+    Raises:
+        RecipeError: float16 is asked for, in which gradients vanish.
+    """
+    if recipe.dtype == "float16":
+        raise RecipeError(
+            "dtype: float16 cannot hold small gradients. Type --dtype bfloat16 or float32; the "
+            "result is stored in float16 all the same, where the model is."
+        )
     if recipe.dtype != "auto":
         found: torch.dtype = getattr(torch, recipe.dtype)
         return found
-    return torch.float32 if device.type == "cpu" or "weights" in row.trains else stored
+    whole = device.type == "cpu" or "weights" in row.trains or stored == torch.float16
+    return torch.float32 if whole else stored
 
 
 def _seq_len(wish: RecoverStep, recipe: Recipe, config: Any) -> int:

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmprune.mask.pattern import NofM, parse_pattern
+from llmprune.engine.opening import anatomies_of
+from llmprune.mask.pattern import NofM, Units, parse_pattern
 from llmprune.recipe import PruneStep, RecoverStep
+from llmprune.recovery.adapter_units import removal_by_adapters
 from llmprune.recovery.attaching import Trainee
+from llmprune.recovery.fading import FADES, Fade
 from llmprune.recovery.planning import STAIRCASE, RecoverPlan
 from llmprune.recovery.regrowth import REGROWTHS
 from llmprune.recovery.schedules import (
+    FIRST_HALF,
     SCHEDULES,
     progress_of,
     sparsity_at,
     stairs,
     update_steps,
 )
-from llmprune.recovery.shaping import Cut, Shaping, rewound_cuts
+from llmprune.recovery.shaping import Cut, Moves, Shaping, rewound_cuts
 from llmprune.recovery.soft import SOFT_MASKS
 from llmprune.walk.resident import Resident
 
@@ -25,11 +29,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def shaping_of(plan: RecoverPlan, trainee: Trainee, blocks: Resident, cut: Cut) -> Shaping | None:
+def shaping_of(plan: RecoverPlan, trainee: Trainee, blocks: Resident, cut: Cut) -> Moves | None:
     """Return what moves the masks of a run; none where they stay."""
     wish = plan.wish
     if wish.prune is None:
         return None
+    if plan.row.units:
+        return removal_by_adapters(wish, anatomies_of(plan.blocks), trainee)
     linears: dict[str, list[Any]] = {}
     for index in range(len(blocks)):
         prefix = f"{blocks.family.blocks}.{index}."
@@ -49,6 +55,7 @@ def shaping_of(plan: RecoverPlan, trainee: Trainee, blocks: Resident, cut: Cut) 
         regrow=REGROWTHS[wish.regrow] if wish.regrow else None,
         grow_from=wish.grow_from,
         soft=soft,
+        fade=fade_of(wish, wish.prune, trainee, blocks),
         options=dict(soft.options) | wish.options if soft else {},
         sparsity=sparsity_of(wish, wish.prune),
         rewind=wish.rewind,
@@ -56,9 +63,38 @@ def shaping_of(plan: RecoverPlan, trainee: Trainee, blocks: Resident, cut: Cut) 
     )
 
 
+def fade_of(wish: RecoverStep, prune: PruneStep, trainee: Trainee, blocks: Resident) -> Fade | None:
+    """Return what fades, if anything does."""
+    if wish.fade is None:
+        return None
+    pattern, (begin, end) = parse_pattern(prune.pattern), fade_window(wish)
+    prefix = blocks.family.blocks
+    return Fade(
+        how=wish.fade,
+        params=trainee.params,
+        blocks=[(f"{prefix}.{index}.", blocks.anatomy(index)) for index in range(len(blocks))],
+        kinds=pattern.kinds if isinstance(pattern, Units) else (),
+        begin=begin,
+        end=end,
+        options=FADES[wish.fade] | wish.options,
+    )
+
+
+def fade_window(wish: RecoverStep) -> tuple[int, int]:
+    """Return the steps before which a mask is decided and comes into force.
+
+    >>> fade_window(RecoverStep(steps=21, fade="march")), fade_window(RecoverStep(window=(0, 1)))
+    ((0, 10), (0, 399))
+    """
+    steps = update_steps(wish.steps, 1, wish.window or FIRST_HALF)
+    return steps[0], steps[-1]
+
+
 def cuts_of(wish: RecoverStep, prune: PruneStep) -> dict[int, Mapping[str, Any]]:
     """Return before which steps a run cuts, and how: keys of the wish that differ each time."""
     pattern, steps = parse_pattern(prune.pattern), wish.steps
+    if wish.fade is not None:
+        return {fade_window(wish)[0]: {}}
     if wish.rewind != "none" and not isinstance(pattern, NofM):
         geometric = wish.schedule != "linear"
         return dict(rewound_cuts(steps, wish.rounds, prune.sparsity, geometric=geometric))
@@ -73,7 +109,8 @@ def cuts_of(wish: RecoverStep, prune: PruneStep) -> dict[int, Mapping[str, Any]]
             for place, (n, m) in zip(places, frames, strict=True)
         }
     window = wish.window or SCHEDULES[wish.schedule].window
-    share, found, before = sparsity_of(wish, prune), {}, 0.0
+    share, before = sparsity_of(wish, prune), 0.0
+    found: dict[int, Mapping[str, Any]] = {}
     for step in update_steps(steps, wish.every, window):
         amount = share(progress_of(step, steps))
         if amount > before:
@@ -86,7 +123,7 @@ def sparsity_of(wish: RecoverStep, prune: PruneStep) -> Callable[[float], float]
     """Return the sparsity by progress."""
     if wish.schedule == STAIRCASE or isinstance(parse_pattern(prune.pattern), NofM):
         return lambda progress: prune.sparsity
-    options = {key: value for key, value in wish.options.items() if not wish.soft}
+    options = {} if wish.soft or wish.fade else dict(wish.options)
 
     def at(progress: float) -> float:
         return sparsity_at(

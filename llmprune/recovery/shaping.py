@@ -1,4 +1,4 @@
-"""Masks that move while weights are trained: cut by a schedule, regrown, soft, or rewound.
+"""Masks that move while weights are trained: cut by a schedule, regrown, soft, faded, or rewound.
 
 A cut is that of pruning, made on the model in memory as it is at that step. What a mask takes away
 is zero from then on, and the optimizer forgets what it knew of a weight that changed sides.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from llmprune.arch.types import Linear
 from llmprune.mask.pattern import NofM, Pattern
 from llmprune.recovery.attaching import Trainee
+from llmprune.recovery.fading import Fade
 from llmprune.recovery.regrowth import Regrowth, changed, regrown
 from llmprune.recovery.saved import MOMENTS
 from llmprune.recovery.schedules import progress_of
@@ -28,6 +29,32 @@ if TYPE_CHECKING:
 
 Rewind = Literal["none", "weights", "rate"]
 Cut = Callable[[Mapping[str, Any]], Mapping[str, "Tensor"]]
+_DOOMED = "doomed:"  # before the names of masks that are decided and not yet in force
+
+
+class Moves(Protocol):
+    """What the training loop lets move masks, at these moments of a run."""
+
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """Prepare for the first step, with restored masks where a run goes on."""
+
+    def before_step(self, step: int) -> None:
+        """Act before a step's forward pass."""
+
+    def see_gradients(self, step: int) -> None:
+        """Act on the gradients of a whole step, before they are masked and clipped."""
+
+    def after_update(self, done: int) -> None:
+        """Act after the optimizer, when `done` steps are finished."""
+
+    def finish(self) -> None:
+        """Leave in `Trainee.held` the masks that are to be stored."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a run needs to go on."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put a state back."""
 
 
 @dataclass(kw_only=True)
@@ -37,6 +64,7 @@ class Shaping:
     `cuts` say before which step the model is cut anew and how: keys of a pruning wish, such as
     sparsity. `cut` does it and returns keep by parameter. With `regrow` masks are exchanged every
     `every` steps; with `soft` weights fade instead of being cut, and the last mask is by magnitude.
+    With `fade` there is one cut, whose mask comes into force when what it removes has faded.
     `first` are the weights where training began, to which `rewind` returns what is kept.
     """
 
@@ -51,6 +79,7 @@ class Shaping:
     regrow: Regrowth | None = None
     grow_from: Literal["zero", "dense"] = "dense"
     soft: SoftMask | None = None
+    fade: Fade | None = None
     options: Mapping[str, float] = field(default_factory=dict)
     sparsity: Callable[[float], float] = lambda progress: 0.0
     rewind: Rewind = "none"
@@ -73,14 +102,18 @@ class Shaping:
         """Cut where the schedule says so, and let soft masks know how far the run is."""
         for gate in self.gates.values():
             gate.progress = progress_of(step, self.steps)
-        if step in self.cuts and self.soft is None:
+        if step in self.cuts and self.fade is not None:
+            self._doom(self.fade, self.cuts[step])
+        elif step in self.cuts and self.soft is None:
             with torch.no_grad():
                 self.adopt(self.cut(self.cuts[step]))
             if self.rewind == "weights":
                 self._rewind()
 
     def see_gradients(self, step: int) -> None:
-        """Exchange weights by the gradients of this step, which are whole still."""
+        """Exchange weights by the gradients of this step, which are whole still, or add a pull."""
+        if self.fade is not None:
+            self.fade.see_gradients()
         if self.regrow is None or not self.trainee.held or step % self.every:
             return
         share = self.regrow.fraction(progress_of(step, self.steps))
@@ -93,7 +126,9 @@ class Shaping:
                 self._exchange(name, keep, share, draw, within)
 
     def after_update(self, done: int) -> None:
-        """Let weights shrink that would go, where shrinking is what a soft mask does."""
+        """Let weights shrink that would go, where they fade or a soft mask says so."""
+        if self.fade is not None:
+            self.adopt(self.fade.after_update(done))
         if self.soft is None or self.soft.at != "update":
             return
         progress = progress_of(done - 1, self.steps)
@@ -131,13 +166,28 @@ class Shaping:
             self.trainee.held[name] = keep
 
     def state(self) -> dict[str, Tensor]:
-        """Return the masks of now."""
-        return {name: keep.clone() for name, keep in self.trainee.held.items()}
+        """Return the masks of now, and those that come into force once weights have faded."""
+        found = {name: keep.clone() for name, keep in self.trainee.held.items()}
+        doomed = {} if self.fade is None else self.fade.doomed
+        return found | {_DOOMED + name: keep.clone() for name, keep in doomed.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put masks back."""
-        for name, keep in state.items():
-            self.trainee.held[name] = keep.to(self.trainee.params[name].device)
+        for key, keep in state.items():
+            name = key.removeprefix(_DOOMED)
+            into = self.trainee.held
+            if name != key:
+                assert self.fade is not None
+                into = self.fade.doomed
+            into[name] = keep.to(self.trainee.params[name].device)
+
+    def _doom(self, fade: Fade, differs: Mapping[str, Any]) -> None:
+        """Decide what is to fade; in a window of no length it is cut at once."""
+        with torch.no_grad():
+            fade.decide(lambda: self.cut(differs))
+            if fade.end <= fade.begin:
+                self.adopt(fade.doomed)
+                fade.doomed = {}
 
     def _exchange(
         self, name: str, keep: Tensor, share: float, draw: torch.Generator, within: int | None

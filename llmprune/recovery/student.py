@@ -8,21 +8,29 @@ from typing import TYPE_CHECKING, Any
 from warnings import catch_warnings, simplefilter
 
 import torch
+from torch.nn.functional import cosine_similarity
 
 from llmprune.base.errors import CheckpointError, RecipeError
 from llmprune.base.progress import Progress
-from llmprune.engine.opening import open_origin
+from llmprune.checkpoint.source import read_json
+from llmprune.delivery.masks import OWN
+from llmprune.engine.opening import anatomies_of, open_origin
+from llmprune.engine.shapes import what_stays
 from llmprune.recovery.attaching import Trainee, attach
 from llmprune.recovery.bank import Bank, bank_of_zeros, stored_bank
 from llmprune.recovery.distillation import DISTILLATIONS, data_weight
 from llmprune.recovery.examples import Examples
 from llmprune.recovery.objective import Objective, kinds_of
 from llmprune.recovery.planning import MASKED, RecoverPlan
+from llmprune.recovery.ranks import importance_of_angles, ranks_by_importance
 from llmprune.recovery.teacher import Outputs, fill_cache, open_cache
 from llmprune.walk.resident import Resident, in_memory
 
 if TYPE_CHECKING:
     from llmprune.walk.streamed import Streamed
+
+
+LOOKED_AT = 32  # windows that importances of blocks are learnt from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +42,7 @@ class Student:
     bank: Bank
 
 
-def open_student(plan: RecoverPlan, device: torch.device) -> Student:
+def open_student(plan: RecoverPlan, examples: Examples, device: torch.device) -> Student:
     """Load the model and its masks, and put into it what is trained.
 
     Raises:
@@ -56,11 +64,52 @@ def open_student(plan: RecoverPlan, device: torch.device) -> Student:
         bank = bank_of_zeros(blocks) if zeros else stored_bank(plan.source.folder, blocks)
         if plan.form == MASKED:
             _check_bank(plan, model, bank)
-        trainee = attach(blocks, bank, plan.row, rank=plan.rank, alpha=plan.alpha, norms=plan.norms)
+        trainee = attach(
+            *(blocks, bank, plan.row),
+            rank=plan.rank,
+            alpha=plan.alpha,
+            norms=plan.norms,
+            ranks=_ranks(plan, blocks, examples) if plan.wish.ranks == "importance" else None,
+        )
     model.eval()
     if plan.checkpointing:
         _checkpoint(model, plan.blocks.family.blocks)
     return Student(trainee=trainee, blocks=blocks, bank=bank)
+
+
+def _ranks(plan: RecoverPlan, blocks: Resident, examples: Examples) -> dict[int, int]:
+    """Return ranks by how far blocks turn what they read, as many in all as equal ones.
+
+    Source: Wang et al., CFSP.
+    """
+    angles = dict.fromkeys(range(len(blocks)), 0.0)
+
+    def turned(index: int) -> Any:
+        def see(module: Any, args: Any, given: Any, output: Any) -> None:
+            before = args[0] if args else given["hidden_states"]
+            after = output[0] if isinstance(output, tuple | list) else output
+            cos = cosine_similarity(before.float(), after.float(), dim=-1).clamp(-1, 1)
+            angles[index] += float((cos.acos() / torch.pi).sum())
+
+        return see
+
+    handles = [
+        block.register_forward_hook(turned(index), with_kwargs=True)
+        for index, block in enumerate(blocks.modules)
+    ]
+    ids_NT = examples.ids_NT[:LOOKED_AT]
+    with torch.no_grad():
+        for ids_BT in ids_NT.split(plan.course.micro_batch):
+            blocks.model(input_ids=ids_BT.to(blocks.device), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    means = {index: angle / ids_NT.numel() for index, angle in angles.items()}
+    sides = [
+        min(linear.shape)
+        for index in range(len(blocks))
+        for linear in blocks.anatomy(index).linears.values()
+    ]
+    return ranks_by_importance(importance_of_angles(means), plan.rank, most=min(sides))
 
 
 def fill_teacher(plan: RecoverPlan, examples: Examples, folder: Path, progress: Progress) -> None:
@@ -82,24 +131,46 @@ def objective_of(plan: RecoverPlan, examples: Examples, folder: Path) -> Objecti
     wish = plan.wish
     assert wish.distill is not None
     weight = wish.distill_weight
-    model = _dense(plan).source.fingerprint()
+    dense = _dense(plan)
+    model = dense.source.fingerprint()
     return Objective(
         kinds=kinds_of(wish.distill),
         weight=data_weight(wish.data_fraction) if weight is None else weight,
         teacher=open_cache(folder, examples.ids_NT, _outputs(plan), model=model),
+        kept=_kept_blocks(plan, len(dense)),
     )
+
+
+def _kept_blocks(plan: RecoverPlan, num_blocks: int) -> list[int] | None:
+    """Return the teacher's blocks that are left; none where they all are.
+
+    Raises:
+        RecipeError: blocks went, and which is not known, or hidden states have another size.
+    """
+    if not any(DISTILLATIONS[kind].needs == "hidden" for kind in kinds_of(str(plan.wish.distill))):
+        return None
+    path = plan.source.folder / OWN / "masks.json"
+    data = read_json(path) if path.exists() else {}
+    kept: list[int] | None = data.get("blocks") or data.get("origin", {}).get("blocks")
+    if len(plan.blocks) != num_blocks and (kept is None or len(kept) != len(plan.blocks)):
+        raise RecipeError(
+            f"recover.distill: this model has {len(plan.blocks)} of the {num_blocks} blocks of the "
+            "dense one, and which is not known, so hidden states cannot be compared. Type --set "
+            "recover.distill=kl."
+        )
+    return kept if len(plan.blocks) != num_blocks else None
 
 
 def sparsity_facts(plan: RecoverPlan, student: Student) -> dict[str, Any]:
     """Return what a report says of the masks that training ended with."""
     wish = plan.wish.prune
     assert wish is not None
-    held = student.trainee.held
-    removed = sum(int((~keep).sum()) for keep in held.values())
-    eligible = sum(keep.numel() for keep in held.values())
+    keeps = {**student.bank.keeps, **student.trainee.held}
+    removed = sum(int((~keep).sum()) for keep in keeps.values())
+    _, eligible = what_stays(anatomies_of(plan.blocks), wish, ())
     return {
         "model": f"{plan.source.name} ({plan.blocks.model.config.model_type})",
-        "method": wish.method,
+        "method": plan.name if plan.row.units else wish.method,
         "pattern": wish.pattern,
         "form": MASKED,
         "sparsity": removed / max(1, eligible),
@@ -128,11 +199,18 @@ def _dense(plan: RecoverPlan) -> Streamed:
             "it was (llmprune/run.json names it under origin), so it cannot teach. Put it back, or "
             "leave --set recover.distill out."
         )
-    theirs, ours = (int(b.model.config.vocab_size) for b in (found, plan.blocks))
+    texts = [side.model.config.get_text_config() for side in (found, plan.blocks)]
+    theirs, ours = (int(text.vocab_size) for text in texts)
     if theirs != ours:
         raise RecipeError(
             f"recover.distill: the dense model knows {theirs} tokens and this one {ours}, so their "
             "predictions do not compare. Leave recover.distill out."
+        )
+    wide, narrow = (int(text.hidden_size) for text in texts)
+    if wide != narrow and "hidden" in kinds_of(str(plan.wish.distill)):
+        raise RecipeError(
+            f"recover.distill: hidden states have {wide} numbers in the dense model and {narrow} "
+            "here, so they do not compare. Type --set recover.distill=kl."
         )
     return found
 

@@ -16,7 +16,8 @@ class Recovery:
 
     `adapter` is what stands beside the weights of linears, `trains` are parameters of the model
     itself; "weights" are those of the linears that masks keep. `fills` says that a merge would put
-    numbers where zeros are. `rank` and `alpha` are of adapters, and the learning rate is the peak.
+    numbers where zeros are, `units` that whole units go while adapters are trained. `rank` and
+    `alpha` are of adapters, and the learning rate is the peak.
     """
 
     title: str
@@ -26,6 +27,7 @@ class Recovery:
     adapter: Adapter | None = None
     trains: tuple[Part, ...] = ()
     fills: bool = False
+    units: bool = False
     rank: int = 16
     alpha: float = 32.0
     options: Mapping[str, float] = field(default_factory=dict)

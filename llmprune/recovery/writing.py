@@ -102,7 +102,8 @@ def _copy_books(source: Source, changed: set[str], folder: Path) -> None:
 
 def write_masks(folder: Path, keeps: Mapping[int, Mapping[str, Tensor]]) -> None:
     """Write masks by block and linear in place of those that the source had."""
-    own, index = folder / OWN, {}
+    own = folder / OWN
+    index: dict[str, Any] = {}
     for path in own.glob("masks-*.safetensors"):
         path.unlink()
     for block, found in keeps.items():

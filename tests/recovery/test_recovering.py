@@ -316,3 +316,42 @@ def test_a_chain_prunes_and_recovers_in_turn(pico: Any, tmp_path: Path, text_fil
     wish["steps"][2]["prune"]["sparsity"] = 0.7
     with pytest.raises(RecipeError, match=r"prune.sparsity: 0.6 then, 0.7 now"):
         run_recipe(build(wish), Progress("quiet"))
+
+
+def test_blocks_that_matter_more_get_higher_ranks(
+    pruned: Any, tmp_path: Path, text: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, float] = {}
+
+    def importance(angles: dict[int, float]) -> dict[int, float]:
+        seen.update(angles)
+        return {0: 1.0, 1: 2.0}
+
+    monkeypatch.setattr("llmprune.recovery.student.importance_of_angles", importance)
+    folder = pruned("llama", pattern="ffn-channels", method="magnitude-struct")
+    wishes = ["recover.ranks=importance", "recover.keep_adapter=true"]
+    recover(folder, tmp_path / "out", text, settings=wishes, rank=6)
+    assert seen and all(0 < angle < 1 for angle in seen.values())
+    factors = load_file(tmp_path / "out/llmprune/adapter/adapter_model.safetensors")
+    ranks = {
+        name.split("layers.")[1].split(".")[0]: len(value)
+        for name, value in factors.items()
+        if name.endswith("q_proj.lora_A.weight")
+    }
+    assert ranks == {"0": 4, "1": 8}
+
+
+def test_a_teacher_of_hidden_states_knows_which_blocks_are_left(
+    pico: Any, tmp_path: Path, text: Tensor
+) -> None:
+    api.prune(
+        pico("llama"), sparsity=0.5, method="shortgpt", out=tmp_path / "in", device="cpu",
+        quiet=True, calib=text,
+        settings=[*STILL, "prune.options.first=0", "prune.options.last=0"],
+    )  # fmt: skip
+    report = recover(
+        tmp_path / "in", tmp_path / "out", text, settings=["recover.distill=kl+hidden"],
+        learning_rate=0.01, steps=20,
+    )  # fmt: skip
+    losses = [loss for _, loss in report.data["recovery"][-1]["history"]["training"]]
+    assert sum(losses[-3:]) < sum(losses[:3])
