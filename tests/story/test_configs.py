@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
-from llmprune.api import plan, run
+from llmprune.api import plan
+from llmprune.base.progress import Progress
 from llmprune.catalog import METHODS
-from llmprune.recipe import Recipe
+from llmprune.recipe import PruneStep, Recipe
+from llmprune.recovery.methods import RECOVERIES
+from llmprune.runs import plans_of, run_recipe
 from tests.story.conftest import Command
 
 pytestmark = pytest.mark.usefixtures("clock")
@@ -18,15 +21,33 @@ CONFIGS = sorted(Path(__file__).parents[2].joinpath("configs").glob("*.yaml"))
 
 def model_of(path: Path, source: Path, mixture: Path) -> Path:
     """Return a model that a recipe is for."""
-    return mixture if Recipe.read(path).prune.pattern == "experts" else source
+    return mixture if cut_of(Recipe.read(path)).pattern == "experts" else source
+
+
+def cut_of(recipe: Recipe) -> PruneStep:
+    """Return what a recipe removes, in a step of its own or while it trains."""
+    within = recipe.recover and recipe.recover.prune
+    return within or recipe.prune
+
+
+def quick(recipe: Recipe) -> list[str]:
+    """Return settings that keep trainings short, and let small stages be small of few channels."""
+    places = [*enumerate(recipe.steps)]
+    cuts = [place for place, step in places if step.prune is not None]
+    short = ("steps=4", "batch=2", "seq_len=16", "every=1", "window=[0, 1]")
+    return [
+        *(f"steps[{at}].prune.multiple=1" for at in cuts if len(cuts) > 1),
+        *(f"steps[{at}].recover.{key}" for at, step in places if step.recover for key in short),
+    ]
 
 
 def check_amount(sparsity: float, recipe: Recipe) -> None:
     """Check what is removed: the sparsity, or no more than it where there is a target."""
-    if recipe.prune.target:
-        assert 0 < sparsity <= recipe.prune.sparsity
+    cut = cut_of(recipe)
+    if cut.target:
+        assert 0 < sparsity <= cut.sparsity
     else:
-        assert sparsity == pytest.approx(recipe.prune.sparsity, abs=0.03)
+        assert sparsity == pytest.approx(cut.sparsity, abs=0.03)
 
 
 def test_there_are_configs() -> None:
@@ -36,11 +57,16 @@ def test_there_are_configs() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_is_planned(path: Path, source: Path, mixture: Path, tmp_path: Path) -> None:
     model = model_of(path, source, mixture)
-    recipe = Recipe.read(path, [f"model={model}", f"out={tmp_path / 'out'}"])
-    decided = plan(recipe)
-    check_amount(decided.sparsity, recipe)
-    assert decided.out == str(tmp_path / "out")
-    assert METHODS[recipe.prune.method].title in repr(decided)
+    here = [f"model={model}", f"out={tmp_path / 'out'}", *quick(Recipe.read(path))]
+    recipe = Recipe.read(path, here)
+    first, *later = plans_of(recipe)
+    if recipe.stages()[0].recover is None:
+        check_amount(first.sparsity, recipe)
+        assert METHODS[recipe.prune.method].title in str(first)
+    else:
+        assert RECOVERIES[recipe.recover.method].title in str(first)
+    assert str(first.out) == str(tmp_path / "out")
+    assert len(later) == len(recipe.stages()) - 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -54,11 +80,14 @@ def test_a_config_is_run(
         "calibration.seq_len=16", f"calibration.data={text_file}", f"evaluate.data={text_file}",
         "evaluate.num_windows=2", "evaluate.perplexity=true", "device=cpu",
     ]  # fmt: skip
-    recipe = Recipe.read(path, here)
-    report = run(plan(recipe), quiet=True)
+    recipe = Recipe.read(path, [*here, *quick(Recipe.read(path))])
+    report = run_recipe(recipe, Progress("quiet"))
+    assert report is not None
     check_amount(report.sparsity, recipe)
     assert report.data["gate"]["agreement"]["passed"] and report.perplexity is not None
-    assert report.data["method"] == recipe.prune.method
+    assert report.data["method"] == cut_of(recipe).method
+    trainings = [step for step in recipe.steps if step.recover is not None]
+    assert len(report.data.get("recovery", ())) == len(trainings)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -71,9 +100,10 @@ def test_flags_go_before_a_config(
     path: Path, source: Path, mixture: Path, tmp_path: Path, command: Command
 ) -> None:
     model = model_of(path, source, mixture)
+    prunes_first = Recipe.read(path).stages()[0].recover is None
     ended = command(
         *("plan", "--recipe", path, "--model", model, "--num-samples", 3),
-        *("--out", tmp_path / "out", "--json"),
+        *("--out", tmp_path / "out", *(["--json"] if prunes_first else [])),
     )
     assert ended.code == 0, ended.err
     assert str(model) in ended.out
