@@ -124,7 +124,7 @@ def _turn(text: str, messages: Sequence[Message], index: int, write: Write) -> S
     ending = alone[1].rstrip()
     if around[1].startswith(ending):  # otherwise it ends the conversation, and not the turn
         end += len(ending)
-    return None if start is None or end < start else (start, end)
+    return None if start is None else (start, end)
 
 
 def _prompt_end(text: str, before: Sequence[Message], write: Write) -> int | None:

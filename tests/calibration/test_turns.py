@@ -29,6 +29,7 @@ BLOCKS = """{%- for m in messages %}{{ '<s>' + m.role + '\n' }}
 {%- if m.role == 'assistant' %}{% generation %}{{ m.content + '</s>' }}{% endgeneration %}
 {%- else %}{{ m.content + '</s>' }}{% endif %}{{ '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"""
+SPACED = BLOCKS.replace("m.content + '</s>' }}{% end", "m.content + '</s>\n' }}{% end")
 NO_PROMPT = """{%- for m in messages %}
 {%- if m.role == 'user' %}{{ '<s>[I] ' + m.content + ' [/I]' }}
 {%- else %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}"""
@@ -115,6 +116,7 @@ def asked_text(ids: Any, asked: Any, tokenizer: Any) -> str:
         (CHATML, AGAIN[1:], ["good day</s>", "so long</s>"]),
         (CHATML, ASKED[:1], []),
         (BLOCKS, SYSTEM, ["good day</s>", "so long</s>"]),
+        (SPACED, SYSTEM, ["good day</s>", "so long</s>"]),
         (NO_PROMPT, AGAIN, ["good day </s>", "so long </s>"]),
         (END_ONCE, AGAIN, ["good day", "so long</s>"]),
         (THOUGHTS, AGAIN, ["good day</s>", "--\nso long</s>"]),
