@@ -250,6 +250,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "gate": commands.gate,
     "eval": commands.evaluate,
     "recover": commands.recover,
+    "delta": commands.delta,
     "export": commands.export,
     "bench": commands.bench,
     "show": commands.show,

@@ -33,13 +33,22 @@ def inspect(
     print(json.dumps(found.to_dict(), indent=2) if as_json else found)
 
 
-def methods() -> None:
+def methods(
+    recovery: Annotated[
+        bool, Option("--recovery", help="Those of training after a cut, or around it.")
+    ] = False,
+) -> None:
     """List the methods with what they need and where they come from."""
     from llmprune.base.text import columns
     from llmprune.catalog import METHODS
     from llmprune.engine.parts import needs_of
     from llmprune.mask.pattern import parse_pattern
 
+    if recovery:
+        from llmprune.report.offer import recovery_tables
+
+        print(recovery_tables())
+        return
     rows = [
         (
             row.name,
@@ -362,6 +371,98 @@ def recover(
     if progress.mode == "rich":
         print(report)
         print(f"details: llmprune show {report.out}")
+
+
+def delta(
+    model: Annotated[
+        str,
+        typer.Argument(help="A fine-tuned model: folder or Hub id. With --rebuild a delta."),
+    ],
+    base: Annotated[
+        str | None, Option(help="The model it was tuned from. [of a delta: the one it names]")
+    ] = None,
+    method: Annotated[
+        str | None,
+        Option(
+            help="dare (random, made up for by 1 / (1 - sparsity)), darex-q (by 1 / q), magnitude. "
+            "[default: dare]"
+        ),
+    ] = None,
+    sparsity: Annotated[
+        float | None, Option(help="Share of the difference to drop, below 1. [default: 0.9]")
+    ] = None,
+    q: Annotated[
+        str | None,
+        Option(
+            help="For darex-q: a number; auto looks for the one that changes the logits least; "
+            "analytic gives each tensor its own. [default: auto]"
+        ),
+    ] = None,
+    calib: Annotated[
+        str | None, Option(help="Text to look for q on: what --calib of pruning takes.")
+    ] = None,
+    rebuild: Annotated[
+        Path | None, Option(help="Write the plain checkpoint of a delta to this folder.")
+    ] = None,
+    out: Annotated[Path | None, Option(help="Folder to write. [default: NAME-delta, here]")] = None,
+    seed: Annotated[int | None, Option(help="Draws what stays. [default: 0]")] = None,
+    device: Annotated[str | None, Option(help="cuda, mps or cpu, to compute logits on.")] = None,
+    no_prove: Annotated[
+        bool, Option("--no-prove", help="Do not rebuild the checkpoint once, to compare.")
+    ] = False,
+    trust_remote_code: Annotated[bool, Option("--trust-remote-code")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print what it would do.")] = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace an existing delta or rebuilt checkpoint.")
+    ] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Store a fine-tuned model as its base plus a sparse difference, or rebuild it from them.
+
+    llmprune delta TUNED --base BASE --out small, then llmprune delta small --rebuild DIR.
+
+    Attention and FFN of the blocks are pruned; what else differs is kept whole, and a mask's zeros
+    stay zeros. A delta takes no other base than its own. What is rebuilt is an ordinary checkpoint.
+    """
+    from llmprune import deltas
+    from llmprune.base.progress import Progress
+    from llmprune.recovery.delta_plan import DeltaWish, plan_delta
+
+    given: dict[str, Any] = {
+        **{"method": method, "sparsity": sparsity, "q": q, "calib": calib, "seed": seed},
+        "device": device,
+    }
+    wish = {key: value for key, value in given.items() if value is not None}
+    if rebuild is not None:
+        if extra := [*wish, *["out"] * (out is not None), *["dry-run"] * dry_run]:
+            raise RecipeError(
+                f"rebuild: --{extra[0]} is of making a delta, and one is being taken apart. Type "
+                "llmprune delta DIR --rebuild OUT, with --base if the base has moved."
+            )
+        verdict = deltas.rebuild(
+            Path(model).expanduser(),
+            rebuild,
+            base=base,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
+        print(json.dumps(verdict.to_dict()) if as_json else f"{rebuild}: {verdict.text()}")
+        return
+    if base is None:
+        raise RecipeError(
+            "base: missing. A delta is what fine-tuning has added to a model; name that model with "
+            "--base, or type llmprune delta DIR --rebuild OUT to take one apart."
+        )
+    plan = plan_delta(
+        DeltaWish(model=model, base=base, trust_remote_code=trust_remote_code, **wish)
+    )
+    if dry_run:
+        print(json.dumps(plan.data()) if as_json else plan)
+        return
+    target = out or Path(f"{Path(model).expanduser().resolve().name}-delta")
+    progress = Progress("quiet" if as_json else "rich")
+    made = deltas.make_delta(plan, target, progress, prove=not no_prove, overwrite=overwrite)
+    print(json.dumps(made.to_dict()) if as_json else made.text())
 
 
 def show(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import string
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="llmprune-tests-")  # not the user's
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each: several would wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -19,14 +23,17 @@ import torch
 from hypothesis import settings
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.initialization import TORCH_INIT_FUNCTIONS
 from transformers.utils import logging
 
+from llmprune import api, steps
 from llmprune.arch.miniature import miniature_model
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.skeleton import Skeleton, build_skeleton, read_config
 from llmprune.delivery import gate
 from llmprune.delivery import stock as stock_script
-from llmprune.engine import pace
+from llmprune.delivery.copied_code import code_in_scratch
+from llmprune.engine import opening, pace, plan
 from llmprune.walk.streamed import Streamed, stream
 
 # A busy machine must not fail a property, and CI looks at the same examples every time.
@@ -39,6 +46,11 @@ Pico = Callable[..., Path]
 
 FAMILY_NAMES = ("llama", "qwen3", "gpt2", "gemma3_text", "mixtral")
 SYMBOLS = ["<unk>", "</s>", *string.ascii_letters, *" .,;!?'\n-:"]
+
+
+def pytest_unconfigure() -> None:
+    """Remove what transformers has copied of code that lies beside models."""
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -148,6 +160,37 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True, scope="session")
+def once() -> Iterator[None]:
+    """Do once per process what has the same answer in every run, and leave disks their own pace.
+
+    These are the speed of this machine, and whether blocks of one config can be walked. No test
+    cuts the power, so none needs to wait until what was written has arrived on the disk; and no
+    numbers are drawn for tensors that hold none.
+    """
+    draw = TORCH_INIT_FUNCTIONS["normal_"]
+    walkable: set[object] = set()
+    check_walk = opening.check_walk
+
+    def check_once(config: Any, family: Any, *, trust_remote_code: bool = False) -> None:
+        said = type(config), config.to_json_string(use_diff=False), config._attn_implementation
+        key = (*said, family.blocks, family.returns, trust_remote_code, opening.check_replay)
+        if key not in walkable:
+            check_walk(config, family, trust_remote_code=trust_remote_code)
+            walkable.add(key)
+
+    def draw_real(tensor: torch.Tensor, **how: Any) -> torch.Tensor:
+        return tensor if tensor.is_meta else draw(tensor, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "measure_rate", cache(plan.measure_rate))
+        for module in (opening, steps, api):
+            patch.setattr(module, "check_walk", check_once)
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setitem(TORCH_INIT_FUNCTIONS, "normal_", draw_real)
+        yield
+
+
 class Clock:
     """Stands in for measured latencies: seconds of a block that follow from its sizes."""
 
@@ -182,7 +225,8 @@ def quick_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     def run_here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         assert Path(command[1]).name == "stock.py"
         try:
-            stock_script.main(command[2])
+            with code_in_scratch():
+                stock_script.main(command[2])
         except Exception as error:
             return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
         return subprocess.CompletedProcess(command, 0, "", "")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
 from llmprune.calibration.heldout import evaluation_text
+from llmprune.catalog import METHODS
 from llmprune.checkpoint.locate import open_source
 from llmprune.evaluation.perplexity import loss_of_model, pose
 from llmprune.recipe.effort import EFFORTS
@@ -89,18 +91,10 @@ def measure(
             {"pattern": amount} if ":" in amount or "x" in amount else {"sparsity": float(amount)}
         )
         calib: Any = load_file(asked.tokens)["calibration"].long() if asked.tokens else "demo"
+        wish |= {"num_samples": asked.num_samples, "seq_len": asked.seq_len, "seed": seed}
+        wish |= {"settings": [f"prune.{setting}" for setting in settings]}
         start = time.perf_counter()
-        report = llmprune.prune(
-            model,
-            calib=calib,
-            tokenizer=tokenizer,
-            num_samples=asked.num_samples,
-            seq_len=asked.seq_len,
-            seed=seed,
-            quiet=True,
-            settings=[f"prune.{setting}" for setting in settings],
-            **wish,
-        )
+        model, report = prune(model, calib=calib, tokenizer=tokenizer, quiet=True, **wish)
         seconds = time.perf_counter() - start
     loss, count = loss_of_model(model, windows_NT, micro_batch=8)
     row = {
@@ -112,6 +106,17 @@ def measure(
         "seconds": round(seconds, 1),
     }
     return row | (facts(report) if report is not None else {})
+
+
+def prune(model: Any, **wish: Any) -> tuple[Any, llmprune.Report]:
+    """Prune the model in memory or, where all its blocks are cut at once, by way of a folder."""
+    method = METHODS.get(wish.get("method", ""))
+    if method is None or method.pattern != "hidden":
+        return model, llmprune.prune(model, **wish)
+    with tempfile.TemporaryDirectory() as home:
+        out = Path(home) / "out"
+        report = llmprune.prune("demo", out=out, **{**wish, "tokenizer": None})
+        return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval(), report
 
 
 def facts(report: llmprune.Report) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from llmprune.checkpoint.sink import write_json, write_tensors
 from llmprune.checkpoint.skeleton import build_skeleton, read_config
 from llmprune.checkpoint.source import Source, open_folder, read_json
 from llmprune.delivery.agreement import Agreement, compare
+from llmprune.delivery.copied_code import code_in_scratch
 from llmprune.delivery.masks import OWN, MaskFiles
 from llmprune.walk.forward import embed, logits, walk
 from llmprune.walk.streamed import Streamed, stream
@@ -94,10 +95,11 @@ def pass_gate(
         CheckpointError: zeros or untouched tensors are not what was recorded.
     """
     written = open_folder(folder)
-    config = read_config(folder, trust_remote_code=trust_remote_code)
-    skeleton = build_skeleton(
-        config, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
-    )
+    with code_in_scratch():
+        config = read_config(folder, trust_remote_code=trust_remote_code)
+        skeleton = build_skeleton(
+            config, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
+        )
     blocks = stream(written, skeleton, device=device, dtype=dtype)
     tokens = gate_tokens(config)
     with tempfile.TemporaryDirectory(prefix=".gate-", dir=folder) as scratch:
@@ -159,6 +161,7 @@ def gate_tokens(config: Any) -> Tensor:
     return torch.randint(0, text.vocab_size, (ROWS, min(TOKENS, longest)), generator=generator)
 
 
+@code_in_scratch()
 def _write_logits(blocks: Streamed, tokens_NT: Tensor, path: Path) -> None:
     """Walk the stored blocks and keep the logits."""
     import torch
@@ -222,6 +225,7 @@ def _run_stock(scratch: Path, job: Mapping[str, Any]) -> str | None:
     write_json(scratch / "job.json", job)
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(scratch / "modules"),  # of code beside the model
         "TRANSFORMERS_VERBOSITY": "error",
         "GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={PIECE}",
     }

@@ -6,7 +6,7 @@ Legend: B sequences of a micro-batch, T tokens, D hidden size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -20,9 +20,9 @@ from llmprune.base.progress import Progress
 from llmprune.calibration.replay import call
 from llmprune.engine.plan import Plan
 from llmprune.engine.shipping import gone_of, is_gone
-from llmprune.engine.solving import Cutter, Outcome, follow
+from llmprune.engine.solving import Cutter, Order, Outcome, follow
 from llmprune.engine.unit_survey import beside, routing_of
-from llmprune.mask.pattern import Units
+from llmprune.mask.pattern import NofM, Units
 from llmprune.repair import REPAIRS
 from llmprune.repair.types import Work
 from llmprune.stats.types import Stats
@@ -271,6 +271,10 @@ def _repaired(
         options=options,
         dense=None if known.dense is None else known.dense.hidden,
         undo=lambda: found.append(first),
+        touch=first.touched.update,
+        within=plan.pattern.m if isinstance(plan.pattern, NofM) else None,
+        reordered=partial(_follow_all, first.permuted),
+        remask=partial(_remask, first, block),
     )
     with _timed(seconds, "repair"):
         facts = repair.fn(work)
@@ -280,6 +284,19 @@ def _repaired(
             row["error"] = None
         outcome.touched |= block.rounded(outcome.touched, plan.stored)
     return outcome, dense_output
+
+
+def _follow_all(orders: Sequence[Order], known: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return what is known of a block's linears in the order that its couplings were put into."""
+    for order in orders:
+        known = follow(order, "", known)
+    return known
+
+
+def _remask(outcome: Outcome, block: Block, keep: Mapping[str, Tensor]) -> None:
+    """Let other masks of the same counts stand for those of a decision."""
+    for linear, keep_OI in keep.items():
+        outcome.keep(block.prefix + linear, keep_OI)
 
 
 def _advance(

@@ -111,6 +111,11 @@ def compose(step: PruneStep, pattern: Pattern) -> Method:
             f"prune.refine: {refine} exchanges single weights, which {step.pattern} tiles do not "
             "have. Type --set prune.refine=none, or choose pattern unstructured or N:M."
         )
+    if repair is not None and REPAIRS[repair].swaps and isinstance(pattern, Tiles):
+        raise RecipeError(
+            f"prune.repair: {repair} exchanges single weights, which {step.pattern} tiles do not "
+            "have. Type --set prune.repair=halves, or choose pattern unstructured or N:M."
+        )
     if step.permute and not isinstance(pattern, NofM):
         raise RecipeError(
             f"prune.permute: channels are put in order for N:M patterns, and pattern is "

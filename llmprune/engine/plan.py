@@ -325,7 +325,6 @@ def make_plan(
     form = decide_form(step, pattern)
     searches = "ppl" in (step.target or {})
     parts = needs_of(method, allocation, searches=searches, pattern=pattern)
-    amounts = _amounts_of_model if method.score in WHOLE_SCORES else _amounts_of_blocks
     cache = cache_by_block(anatomies)
 
     def settle(groups: Sequence[Sequence[Group]], eligible: int) -> Budget:
@@ -341,9 +340,10 @@ def make_plan(
         size = {"num_params": num_params(anatomies), "num_bytes": stored_bytes}
         return budget_of(step, sites, eligible, **size, itemsize=stored.itemsize, cache=cache)
 
-    found = amounts(
-        *(recipe, anatomies, pattern, method, allocation, parts, config, stored, out, settle)
-    )
+    if method.score in WHOLE_SCORES:
+        found = _amounts_of_model(recipe, anatomies, method, config, stored, in_memory=out is None)
+    else:
+        found = _amounts_of_blocks(recipe, anatomies, pattern, allocation, parts, stored, settle)
     num_samples = recipe.calibration.num_samples
     seq_len = sequence_length(recipe, config)
     forward = parts.walks
@@ -426,12 +426,9 @@ def _amounts_of_blocks(
     recipe: Recipe,
     anatomies: Anatomies,
     pattern: Pattern,
-    method: Method,
     allocation: str,
     parts: Needs,
-    config: Any,
     stored: torch.dtype,
-    out: str | None,
     settle: Settle,
 ) -> Amounts:
     """Return what goes of single blocks: weights, tiles, units.
@@ -474,14 +471,11 @@ def _amounts_of_blocks(
 def _amounts_of_model(
     recipe: Recipe,
     anatomies: Anatomies,
-    pattern: Pattern,
     method: Method,
-    allocation: str,
-    parts: Needs,
     config: Any,
     stored: torch.dtype,
-    out: str | None,
-    settle: Settle,
+    *,
+    in_memory: bool,
 ) -> Amounts:
     """Return what goes of units that run through all blocks, of which each block has no group.
 
@@ -490,7 +484,7 @@ def _amounts_of_model(
     """
     whole, asked = plan_whole(
         *(recipe.prune, method, anatomies, config),
-        in_memory=out is None,
+        in_memory=in_memory,
         itemsize=stored.itemsize,
         trust_remote_code=recipe.trust_remote_code,
     )

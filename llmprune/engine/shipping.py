@@ -22,6 +22,7 @@ from llmprune.base.errors import CheckpointError, UnsupportedModel, WontLoad, fi
 from llmprune.checkpoint.shrink import Axes, axes_of
 from llmprune.checkpoint.shrink_experts import without_units
 from llmprune.checkpoint.skeleton import Skeleton, build_skeleton, read_config
+from llmprune.delivery.copied_code import code_in_scratch
 from llmprune.engine.rehearsal import check_meaning
 from llmprune.engine.sites import Group
 from llmprune.solver import COMPENSATIONS
@@ -394,13 +395,14 @@ def _build(
             shutil.copyfile(path, folder / path.name)
         trust = trust_remote_code or bool(code)
         try:
-            return build_skeleton(
-                read_config(folder, trust_remote_code=trust),
-                dtype=dtype,
-                attention=source.config._attn_implementation,
-                trust_remote_code=trust,
-                family=source.family,
-            )
+            with code_in_scratch():
+                return build_skeleton(
+                    read_config(folder, trust_remote_code=trust),
+                    dtype=dtype,
+                    attention=source.config._attn_implementation,
+                    trust_remote_code=trust,
+                    family=source.family,
+                )
         except (CheckpointError, UnsupportedModel, ValueError, RuntimeError) as error:
             raise WontLoad(
                 f"a {config.get('model_type')} model of these sizes does not exist: "

@@ -65,7 +65,7 @@ def settle(model: Any) -> None:
     """Copy weights that are mapped from their file into memory of this process.
 
     Stored in the wanted dtype they stay mapped, at odd addresses, in whatever pages the system has
-    cached: two copies of one model then differ in speed by a quarter.
+    cached: two copies of one model then may differ in speed.
     """
     for value in model.parameters():
         value.data = value.data.clone()

@@ -1,7 +1,7 @@
-"""Training the kept weights of a block until its output, or that of a part, comes near a target.
+"""Training a block after the cut until its output, or that of a part, comes near a target.
 
-Weights are trained in float32 and pruned ones stay 0. Of the micro-batches the last ones are held
-out: what does not lower the error on them is taken back.
+What moves is its kept weights, or what else a repair makes parameters of; pruned ones stay 0. Of
+the micro-batches the last ones are held out: what does not lower the error on them is taken back.
 Legend: B sequences of a micro-batch, T tokens, D hidden size, O outputs, I inputs.
 """
 
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -117,8 +116,26 @@ def split(num_batches: int) -> tuple[range, range]:
     return train, range(num_batches - held, num_batches)
 
 
-def fit(block: Block, keep: Mapping[str, Tensor], goal: Goal, pace: Pace) -> Fitted:
-    """Train the kept weights of these linears in place towards a goal.
+class Moves(Protocol):
+    """What is trained of a block: it makes new parameters of gradients.
+
+    `kept` says by parameter where its gradient counts; other parameters have none.
+    """
+
+    @property
+    def kept(self) -> Mapping[str, Tensor]: ...
+
+    def step(self, gradients: dict[str, Tensor], step: int, total: int) -> None:
+        """Take one of `total` steps, the first of which is 0; the block's parameters follow.
+
+        Gradients, by parameter and float32, are of the squared error in units of what it was.
+        """
+
+
+def fit(
+    block: Block, keep: Mapping[str, Tensor], goal: Goal, pace: Pace, moves: Moves | None = None
+) -> Fitted:
+    """Train these linears in place towards a goal: all their kept weights, or what `moves`.
 
     Where the error on what is held out does not fall, they are as they were. The same seed, threads
     and micro-batches give the same weights.
@@ -127,13 +144,17 @@ def fit(block: Block, keep: Mapping[str, Tensor], goal: Goal, pace: Pace) -> Fit
     before = error_of(block, goal, held)
     if not keep or not 0 < before < math.inf:
         return Fitted(before=before, after=before, accepted=False)
-    with _trainable(block, keep) as masters:
-        start = {name: master.detach().clone() for name, master in masters.items()}
-        kept = {name: _kept(block, name, keep) for name in masters}
-        _train(block, masters, kept, goal, pace, train, before)
+    with differentiable(block, keep):
+        moves = moves or KeptWeights(block, keep, pace.rate)
+        params = {name: block.module.get_parameter(name) for name in moves.kept}
+        start = {name: param.detach().clone() for name, param in params.items()}
+        for param in params.values():
+            param.requires_grad_(True)
+        _train(block, params, moves, goal, pace, train, before)
         after = error_of(block, goal, held)
         if not after < before:
-            _put(block, start)
+            for name, param in params.items():
+                param.data.copy_(start[name])
             return Fitted(before=before, after=before, accepted=False)
     return Fitted(before=before, after=after, accepted=True)
 
@@ -150,22 +171,49 @@ def error_of(block: Block, goal: Goal, batches: Collection[int]) -> float:
     return math.sqrt(total / max(1, tokens))
 
 
-@contextmanager
-def _trainable(block: Block, keep: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Yield float32 copies of the parameters that hold these linears; float32 ones share memory."""
-    with differentiable(block, keep) as params:
-        yield {name: param.detach().float() for name, param in params.items()}
+class KeptWeights:
+    """Moves all kept weights of linears, by Adam.
+
+    They are held in float32, apart from parameters that are: those they share memory with.
+    """
+
+    def __init__(self, block: Block, keep: Mapping[str, Tensor], rate: float) -> None:
+        wanted = block.params_of(set(keep))
+        self.params = {n: p.data for n, p in block.module.named_parameters() if n in wanted}
+        self.masters = {name: param.float() for name, param in self.params.items()}
+        self.kept = {name: kept_in(block, name, keep) for name in self.masters}
+        self.rates = {n: rate * spread(m, self.kept[n]) for n, m in self.masters.items()}
+        self.adam = Adam()
+
+    def step(self, gradients: dict[str, Tensor], step: int, total: int) -> None:
+        """Take one step with every parameter."""
+        for name, master in self.masters.items():
+            rate = self.rates[name] * _speed(step, total)
+            self.adam.step(name, master, gradients.pop(name), rate, step + 1)
+        for name, master in self.masters.items():
+            if master.data_ptr() != self.params[name].data_ptr():
+                self.params[name].copy_(master)
 
 
-def _put(block: Block, values: Mapping[str, Tensor]) -> None:
-    """Copy values into parameters, rounded to what these hold; their own memory needs none."""
-    for name, value in values.items():
-        param = block.module.get_parameter(name).data
-        if param.data_ptr() != value.data_ptr():
-            param.copy_(value)
+class Adam:
+    """The moments of gradients by name, and the steps that follow from them."""
+
+    def __init__(self) -> None:
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def step(self, name: str, value: Tensor, gradient: Tensor, rate: float, number: int) -> None:
+        """Take the step of a number, the first of which is 1, in place."""
+        if name not in self.moments:
+            self.moments[name] = (torch.zeros_like(value), torch.zeros_like(value))
+        _adam(value, gradient, self.moments[name], rate, number)
+
+    def hold(self, name: str, kept: Tensor) -> None:
+        """Forget the gradients of what is not kept, so that it stays where it is."""
+        for moment in self.moments.get(name, ()):
+            moment.mul_(kept)
 
 
-def _kept(block: Block, name: str, keep: Mapping[str, Tensor]) -> Tensor:
+def kept_in(block: Block, name: str, keep: Mapping[str, Tensor]) -> Tensor:
     """Return where a parameter may change: kept weights of the linears named, nothing else."""
     mask = torch.zeros_like(block.module.get_parameter(name), dtype=torch.bool)
     for linear, keep_OI in keep.items():
@@ -175,28 +223,30 @@ def _kept(block: Block, name: str, keep: Mapping[str, Tensor]) -> Tensor:
     return mask
 
 
+def spread(value: Tensor, kept: Tensor) -> float:
+    """Return the root mean square of the weights that may change."""
+    number = int(kept.count_nonzero())
+    total = float(wide_sum((value * kept).square()))
+    return math.sqrt(total / number) if number else 0.0
+
+
 def _train(
     block: Block,
-    masters: Mapping[str, Tensor],
-    kept: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    moves: Moves,
     goal: Goal,
     pace: Pace,
     train: range,
     scale: float,
 ) -> None:
-    """Take all steps of Adam."""
+    """Take all steps."""
     size = goal.stream.hidden.get(train[0], block.device).shape[-3]
     group = min(len(train), max(1, pace.sequences // size))
     total = max(1, round(len(train) // group * pace.epochs))
-    rates = {name: pace.rate * _spread(master, kept[name]) for name, master in masters.items()}
-    moments = {name: (torch.zeros_like(m), torch.zeros_like(m)) for name, m in masters.items()}
     orders = _orders(train, group, pace.seed)
     for step in range(total):
-        gradients = _gradients(block, masters, kept, goal, next(orders), scale)
-        for name, master in masters.items():
-            rate = rates[name] * _speed(step, total)
-            _adam(master, gradients.pop(name), moments[name], rate, step + 1)
-        _put(block, masters)
+        found = _gradients(block, params, moves.kept, goal, next(orders), scale)
+        moves.step(found, step, total)
 
 
 def _adam(
@@ -228,31 +278,23 @@ def _orders(train: range, group: int, seed: int) -> Iterator[list[int]]:
             yield order[start : start + group]
 
 
-def _spread(master: Tensor, kept: Tensor) -> float:
-    """Return the root mean square of the weights that may change."""
-    number = int(kept.count_nonzero())
-    total = float(wide_sum((master * kept).square()))
-    return math.sqrt(total / number) if number else 0.0
-
-
 def _gradients(
     block: Block,
-    masters: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
     goal: Goal,
     batches: list[int],
     scale: float,
 ) -> dict[str, Tensor]:
     """Return the gradients of the squared error, in units of what it was before; 0 where pruned."""
-    sums = {name: torch.zeros_like(master) for name, master in masters.items()}
-    params = [block.module.get_parameter(name) for name in sums]
+    sums = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in params.items()}
     for batch in batches:
         with torch.enable_grad():
             output, difference, weight = goal.difference(block, batch)
         upstream = difference * weight * (2 / (difference.numel() * scale**2 * len(batches)))
         lift = _lift(output, upstream)
         found = torch.autograd.grad(
-            output, params, (upstream * lift).to(output.dtype), allow_unused=True
+            output, list(params.values()), (upstream * lift).to(output.dtype), allow_unused=True
         )
         del output, difference, upstream
         for (name, total), gradient in zip(sums.items(), found, strict=True):

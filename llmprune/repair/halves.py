@@ -8,7 +8,7 @@ Legend: B sequences of a micro-batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,13 +59,25 @@ def repair_halves(work: Work) -> dict[str, Fact]:
 
     Source: A Free Lunch in LLM Compression: Revisiting Retraining after Pruning.
     """
+    return by_halves(work, lambda keep, goal: fit(work.block, keep, goal, pace_of(work)))
+
+
+def by_halves(
+    work: Work, train: Callable[[Mapping[str, Tensor], Goal], Fitted], *, whole: bool = False
+) -> dict[str, Fact]:
+    """Call `train` with the masks and the goal of every half, or of the `whole` block at once.
+
+    Goals are what the dense block gives of the same inputs. Returns what the report says.
+    """
+    one = Half(name="block", module=None, linears=tuple(work.keep))
+    halves = [one] if whole else halves_of(work.block, work.stream, work.keep)
     facts: dict[str, Fact] = {}
-    for half in halves_of(work.block, work.stream, work.keep):
+    for half in halves:
         target = _dense_outputs(work, half.module)
         try:
             goal = Goal(stream=work.stream, target=target, part=half.module)
             keep = {name: work.keep[name] for name in half.linears}
-            facts.update(_facts(half.name, fit(work.block, keep, goal, pace_of(work))))
+            facts.update(_facts(half.name, train(keep, goal)))
         finally:
             target.close()
     return facts

@@ -27,6 +27,12 @@ class Work:
     its weights are now, and returns the new masks; `undo` makes the first decision count again,
     whose weights the repair puts back itself. `seed` is a number of the run's and the block.
     `dense` is there for a repair that asks for it: what this block gives in the dense model.
+    `touch` hears of parameters that changed beside those of `keep`, such as norms.
+
+    For a repair that chooses masks itself: `within` is how many consecutive inputs of a row make a
+    group that keeps as many as it does, all of them if None. `reordered` puts what was seen of
+    linears, by name, in the order in which the cut may have put their rows and columns. `remask`
+    makes masks by linear count instead of the first decision's.
     """
 
     block: Block
@@ -38,6 +44,10 @@ class Work:
     options: Mapping[str, float]
     dense: HiddenStates | None = None
     undo: Callable[[], None] = lambda: None
+    touch: Callable[[set[str]], None] = lambda params: None
+    within: int | None = None
+    reordered: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda known: known
+    remask: Callable[[Mapping[str, Tensor]], None] = lambda keep: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +58,8 @@ class Repair:
     `fn(work)` edits weights of `work.block` in place, so that every pruned weight is 0 at the end,
     and returns what the report says of it. It leaves the block as it was where it does not help.
     With `dense` the engine walks the dense model alongside, for `Work.dense`. `passes(options)` is
-    what it costs, in forwards of the calibration tokens through the block.
+    what it costs, in forwards of the calibration tokens through the block. With `swaps` it
+    exchanges single weights, which patterns of whole tiles do not have.
     """
 
     watch: Callable[[Block, Stream, Mapping[str, float], int], Any]
@@ -57,3 +68,4 @@ class Repair:
     passes: Callable[[Mapping[str, float]], float]
     options: Mapping[str, float] = field(default_factory=dict)
     dense: bool = False
+    swaps: bool = False

@@ -101,6 +101,19 @@ def test_a_fresh_process_that_fails_is_told(
     assert not list(pico("llama").glob(".gate-*"))
 
 
+def test_the_fresh_process_copies_code_to_a_place_that_goes(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$HF_MODULES_CACHE" >&2\nexit 1\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    home = pico("llama")
+    with pytest.raises(WontLoad, match=rf"from_pretrained: {home.resolve()}/\.gate-\w+/modules"):
+        gate(home)
+    assert not list(home.glob(".gate-*"))
+
+
 def test_a_removed_tensor_is_found(copied: Path, quick_gate: None) -> None:
     name = "model.layers.1.self_attn.q_proj.weight"
     edit_shard_of(copied, name, lambda tensors: tensors.pop(name))

@@ -220,16 +220,32 @@ def arguments(folder: Path, method: str, sparsity: float, text: Path, out: Path)
     ]
 
 
+Wish = Callable[[Path], list[object]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Wish], Any]:
+    """Return what carries out a wish once from beginning to end, and tells the result's bytes."""
+    home, known = tmp_path_factory.mktemp("undisturbed"), dict[str, Any]()
+
+    def result(name: str, wish: Wish) -> Any:
+        if name not in known:
+            assert in_child(home, wish(home / name)).code == 0
+            known[name] = contents(home / name)
+        return dict(known[name])
+
+    return result
+
+
 def killed_then_resumed(
-    wish: Callable[[Path], list[object]], home: Path, install: Callable[[], None]
+    wish: Wish, home: Path, install: Callable[[], None], expected: Any
 ) -> tuple[Child, Child]:
-    """Run once undisturbed, and once killed and started again; the bytes are the same."""
-    assert in_child(home, wish(home / "whole")).code == 0
+    """Run killed and started again; the bytes are those of a run that nothing disturbed."""
     first = in_child(home, wish(home / "out"), install)
     assert first.killed and not (home / "out").exists(), first.output
     second = in_child(home, wish(home / "out"))
     assert second.code == 0, second.output
-    found, expected = contents(home / "out"), contents(home / "whole")
+    found = contents(home / "out")
     own = "llmprune/run.json"  # names the folder
     assert found.pop(own) and expected.pop(own) and found == expected
     return first, second
@@ -247,14 +263,15 @@ def killed_then_resumed(
 )
 def test_a_killed_slicing_resumes_to_the_same_bytes(
     owner: Any, name: str, nth: int, finished: list[int], pico: Pico, text_file: Path,
-    tmp_path: Path,
+    tmp_path: Path, undisturbed: Callable[[str, Wish], Any],
 ) -> None:  # fmt: skip
     folder = pico("mixtral", tied=False)
-    first, second = killed_then_resumed(
-        lambda out: arguments(folder, "slicegpt", 0.2, text_file, out),
-        tmp_path,
-        lambda: at_call(owner, name, nth),
-    )
+
+    def wish(out: Path) -> list[object]:
+        return arguments(folder, "slicegpt", 0.2, text_file, out)
+
+    expected = undisturbed("slicegpt", wish)
+    first, second = killed_then_resumed(wish, tmp_path, lambda: at_call(owner, name, nth), expected)
     assert first.finished == finished
     assert second.finished == [index for index in (0, 1) if index not in finished]
 
@@ -264,14 +281,16 @@ def test_a_killed_slicing_resumes_to_the_same_bytes(
     [(whole_run, "prune_vocabulary", []), (llmprune.steps, "pass_gate", [-1])],
 )
 def test_a_killed_cut_of_the_vocabulary_resumes_to_the_same_bytes(
-    owner: Any, name: str, finished: list[int], with_words: Pico, text_file: Path, tmp_path: Path
-) -> None:
+    owner: Any, name: str, finished: list[int], with_words: Pico, text_file: Path, tmp_path: Path,
+    undisturbed: Callable[[str, Wish], Any],
+) -> None:  # fmt: skip
     folder = with_words("llama")
-    first, second = killed_then_resumed(
-        lambda out: arguments(folder, "vocabulary", 0.15, text_file, out),
-        tmp_path,
-        lambda: at_call(owner, name, 1),
-    )
+
+    def wish(out: Path) -> list[object]:
+        return arguments(folder, "vocabulary", 0.15, text_file, out)
+
+    expected = undisturbed(folder.parent.name, wish)
+    first, second = killed_then_resumed(wish, tmp_path, lambda: at_call(owner, name, 1), expected)
     assert (first.finished, second.finished) == (finished, [] if finished else [-1])
 
 

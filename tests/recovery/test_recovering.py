@@ -234,7 +234,7 @@ def test_a_kept_adapter_is_a_folder_of_peft(pruned: Any, tmp_path: Path, text: T
 def test_dense_and_damaged_models_are_refused(
     pico: Any, pruned: Any, tmp_path: Path, text: Tensor
 ) -> None:
-    with pytest.raises(CheckpointError, match="has no masks.*--masks zeros"):
+    with pytest.raises(CheckpointError, match=r"has no masks.*--masks zeros"):
         recover(pico("llama"), tmp_path / "out", text)
     damaged = tmp_path / "damaged"
     shutil.copytree(pruned(), damaged)

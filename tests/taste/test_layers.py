@@ -12,8 +12,8 @@ HOME = Path(llmprune.__file__).parent
 ROOMS = (
     "base", "remote", "catalog", "recipe", "arch", "stats", "score", "mask", "solver", "allocation",
     "checkpoint", "calibration", "vocabulary", "walk", "hidden", "repair", "evaluation",
-    "delivery", "engine", "recovery", "report", "steps", "recovering", "runs", "measuring", "api",
-    "commands", "cli",
+    "delivery", "engine", "recovery", "report", "steps", "recovering", "runs", "deltas",
+    "measuring", "api", "commands", "cli",
 )  # fmt: skip
 FILES = sorted(HOME.rglob("*.py"))
 

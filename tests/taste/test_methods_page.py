@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from eval.methods_page.page import page
 from eval.methods_page.parts import BLOCKS, LINEARS
 from eval.methods_page.results import results
+from eval.methods_page.text import linked
 from eval.methods_page.units import DEMO_HEADS, TIERS, UNITS
 from llmprune.allocation import ALLOCATIONS
 from llmprune.arch.couplings import heads_of
@@ -20,6 +21,11 @@ from llmprune.catalog import METHODS
 from llmprune.catalog.types import UNITS as KINDS
 from llmprune.delivery.heterogeneous import TIERS as KNOWN_TIERS
 from llmprune.recipe.effort import stages
+from llmprune.recovery.distillation import DISTILLATIONS
+from llmprune.recovery.methods import RECOVERIES
+from llmprune.recovery.regrowth import REGROWTHS
+from llmprune.recovery.schedules import SCHEDULES
+from llmprune.recovery.soft import SOFT_MASKS
 from llmprune.repair import REPAIRS
 from llmprune.score import SCORES, UNIT_SCORES, WHOLE_SCORES
 from llmprune.solver import COMPENSATIONS, REFINEMENTS, SOLVERS
@@ -69,6 +75,11 @@ def test_every_link_within_the_page_has_a_heading() -> None:
         ("Refinements", REFINEMENTS),
         ("Solvers", SOLVERS),
         ("Repairs", REPAIRS),
+        ("Recovery", RECOVERIES),
+        ("Schedules", SCHEDULES),
+        ("Regrowth", REGROWTHS),
+        ("Soft masks", SOFT_MASKS),
+        ("Distillation", DISTILLATIONS),
     ],
 )
 def test_every_part_is_described_with_its_numbers(title: str, table: dict[str, Any]) -> None:
@@ -77,6 +88,18 @@ def test_every_part_is_described_with_its_numbers(title: str, table: dict[str, A
         assert f"- `{name}`: " in text, name
         for option, value in getattr(row, "options", {}).items():
             assert f"`{option}` {value:g}" in text
+
+
+def test_every_recovery_says_what_it_trains_and_whether_zeros_stay() -> None:
+    lines = re.findall(
+        r"^\| `([\w-]+)` \| (.*?) \| (.*?) \| ", part_lines("Recovery"), re.MULTILINE
+    )
+    found = {name: (trains, zeros) for name, trains, zeros in lines}
+    assert found.keys() == RECOVERIES.keys()
+    for name, row in RECOVERIES.items():
+        assert found[name][0] == row.summary
+        assert found[name][1].startswith("no" if row.fills else "yes")
+        assert f"Paper: {linked(row.paper)}." in part_of_page("Recovery")
 
 
 def test_a_method_names_the_options_of_its_score_and_its_repair() -> None:

@@ -14,6 +14,11 @@ import typer
 import llmprune
 from llmprune import cli
 from llmprune.base import errors
+from llmprune.recovery.distillation import DISTILLATIONS
+from llmprune.recovery.methods import RECOVERIES
+from llmprune.recovery.regrowth import REGROWTHS
+from llmprune.recovery.schedules import SCHEDULES
+from llmprune.recovery.soft import SOFT_MASKS
 
 PUBLIC = [
     "METHODS",
@@ -61,7 +66,8 @@ FLAGS = [
     "--version",
 ]
 COMMANDS = [
-    *("bench", "eval", "export", "gate", "inspect", "methods", "plan", "push", "recover", "show"),
+    *("bench", "delta", "eval", "export", "gate", "inspect", "methods", "plan", "push", "recover"),
+    "show",
 ]
 EVAL_FLAGS = [
     "--apply-chat-template",
@@ -144,6 +150,17 @@ def test_the_table_of_methods_has_them_all(capsys: pytest.CaptureFixture[str]) -
     assert not ended.value.code
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert set(llmprune.METHODS) <= set(listed)
+
+
+def test_the_tables_of_recovery_have_all_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["methods", "--recovery"])
+    assert not ended.value.code
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    tables = (RECOVERIES, SCHEDULES, REGROWTHS, SOFT_MASKS, DISTILLATIONS)
+    heads = {table.kind for table in tables}
+    assert set(listed) == heads.union(*tables)
+    assert len(listed) == sum(map(len, tables)) + len(tables)
 
 
 def test_the_flags_of_eval_are_frozen() -> None:
