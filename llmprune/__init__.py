@@ -13,7 +13,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from llmprune.api import (
+        analyze,
         bench,
+        compare,
         evaluate,
         gate,
         inspect,
@@ -28,15 +30,19 @@ if TYPE_CHECKING:
     )
     from llmprune.base.errors import LlmpruneError
     from llmprune.catalog import METHODS
+    from llmprune.comparison.result import Comparison
     from llmprune.recipe import Recipe
     from llmprune.report.run import Report
 
 _HOMES = {
+    "Comparison": "llmprune.comparison.result",
     "LlmpruneError": "llmprune.base.errors",
     "METHODS": "llmprune.catalog",
     "Recipe": "llmprune.recipe",
     "Report": "llmprune.report.run",
+    "analyze": "llmprune.api",
     "bench": "llmprune.api",
+    "compare": "llmprune.api",
     "evaluate": "llmprune.api",
     "gate": "llmprune.api",
     "inspect": "llmprune.api",
@@ -52,10 +58,13 @@ _HOMES = {
 
 __all__ = [
     "METHODS",
+    "Comparison",
     "LlmpruneError",
     "Recipe",
     "Report",
+    "analyze",
     "bench",
+    "compare",
     "evaluate",
     "gate",
     "inspect",

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmprune.analyzing import analyze
 from llmprune.base.errors import RecipeError
 from llmprune.base.progress import Progress
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.source import Source, open_folder, read_json
+from llmprune.comparing import compare
+from llmprune.comparison.result import Comparison
 from llmprune.delivery.gate import Verdict, pass_gate
 from llmprune.delivery.heterogeneous import is_own_code
-from llmprune.delivery.packed_model import is_packed, load_packed
+from llmprune.delivery.packed_model import load_packed, packed_folder
 from llmprune.engine.calibrating import calibration_windows
 from llmprune.engine.opening import (
     anatomies_of,
@@ -28,11 +31,11 @@ from llmprune.engine.opening import (
 )
 from llmprune.evaluation.speed import bench
 from llmprune.measuring import evaluate, perplexity, rolling_perplexity, store_measurement
+from llmprune.pushing import carry_out, check_wish, package_of
 from llmprune.recipe import Recipe, build, default_steps, override, recovery_recipe
-from llmprune.recovering import run_recovery
 from llmprune.report.run import Report
-from llmprune.runs import plans_of, run_recipe
-from llmprune.steps import run_resident, run_streamed
+from llmprune.runs import plans_of, result_folder, run_recipe
+from llmprune.steps import run_resident, run_together
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +100,8 @@ def run(
 ) -> Report:
     """Carry out a plan, or continue it where an earlier run stopped.
 
-    `tokens` (N, T) int64 replace the calibration text of the recipe.
+    `tokens` (N, T) int64 replace the calibration text of the recipe. Under torchrun every process
+    calls this, and the others return the report that the first one wrote.
 
     Raises:
         LlmpruneError: nothing is published, and the source is as it was.
@@ -106,8 +110,7 @@ def run(
     budget = getattr(plan, "budget", None)
     budget = budget if budget is not None and budget.facts else None
     report = run_recipe(plan.recipe, progress, tokens=tokens, overwrite=overwrite, budget=budget)
-    assert report is not None  # a plan is made by one process
-    return report
+    return report or Report.read(result_folder(plan.recipe))
 
 
 def prune(
@@ -175,12 +178,22 @@ def prune(
     )
     progress = Progress("quiet" if quiet else "rich")
     if isinstance(model, str | PathLike):
+        check_wish(recipe)
+        wished, recipe = recipe.push, recipe.without_push()
         opened = open_plan(recipe)
         if texts is not None:
             tokenizer = tokenizer or read_tokenizer(opened.source, recipe)
             windows = calibration_windows(opened.plan, tokenizer, progress, texts=texts)
-            return run_streamed(opened, progress, tokens=windows, overwrite=overwrite)
-        return run_streamed(opened, progress, tokens=tokens, overwrite=overwrite)
+            report = run_together(opened, progress, tokens=windows, overwrite=overwrite)
+        else:
+            report = run_together(opened, progress, tokens=tokens, overwrite=overwrite)
+        carry_out(wished, report, progress)
+        return report or Report.read(Path(str(opened.plan.out)))
+    if recipe.push is not None:
+        raise RecipeError(
+            "push: a model in memory is pruned in place and has no folder to push. Prune a folder "
+            "or a model of the Hub, or leave the step out."
+        )
     if out is not None:
         raise RecipeError(
             "out: a model in memory is pruned in place. Save it with model.save_pretrained(DIR)."
@@ -253,7 +266,7 @@ def recover(
     top = {"out": None if out is None else str(out), "seed": seed, **others}
     recipe = recovery_recipe(str(folder), wish, top, list(settings))
     progress = Progress("quiet" if quiet else "rich")
-    return run_recovery(recipe, progress, tokens=tokens, overwrite=overwrite)
+    return run_recipe(recipe, progress, tokens=tokens, overwrite=overwrite)
 
 
 def gate(folder: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> Verdict:
@@ -324,24 +337,27 @@ def inspect(
 def load(
     folder: str | Path,
     *,
+    revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Any:
     """Load a result of any tier, a packed one too, as a `PreTrainedModel`, in evaluation mode.
 
-    Code beside the model runs only with `trust_remote_code`, or where it is what llmprune ships.
+    `folder` may be OWNER/NAME on the Hub too, `revision` a branch, tag or commit of it. Code beside
+    the model runs only with `trust_remote_code`, or where it is what llmprune ships.
 
     Raises:
-        CheckpointError: the folder is not a checkpoint.
+        CheckpointError: the folder is not a checkpoint, or the Hub has no such.
     """
     from transformers import AutoModelForCausalLM
 
     model: Any
-    if is_packed(Path(folder)):
-        model = load_packed(Path(folder), dtype=dtype, trust_remote_code=trust_remote_code)
+    packed = packed_folder(str(folder), revision)
+    if packed is not None:
+        model = load_packed(packed, dtype=dtype, trust_remote_code=trust_remote_code)
         return model.to(choose_device(device)).eval()
-    source = open_source(str(folder))
+    source = open_source(str(folder), revision=revision)
     for file in sorted({entry.file for entry in source.entries.values()}):
         source.path(file)  # fetched where the source is on the Hub
     trust_remote_code = trust_remote_code or is_own_code(source.folder)
@@ -376,10 +392,11 @@ def push(
     Raises:
         LlmpruneError: the folder is no proven result, or the Hub refuses; nothing was committed.
     """
-    from llmprune.report.publishing import pack, upload
+    from llmprune.report.uploading import upload
 
-    package = pack(Path(folder), repo, base_model=base_model)
-    return upload(package, private=private, message=message, create_pr=create_pr, revision=revision)
+    package = package_of(folder, repo, base_model=base_model)
+    done = upload(package, private=private, message=message, create_pr=create_pr, revision=revision)
+    return done.url
 
 
 def _recipe(recipe: Recipe | str, wishes: dict[str, Any]) -> Recipe:
@@ -393,7 +410,10 @@ def _given(wishes: dict[str, Any]) -> dict[str, Any]:
 
 
 __all__ = [
+    "Comparison",
+    "analyze",
     "bench",
+    "compare",
     "evaluate",
     "gate",
     "inspect",

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ from typer import Option
 from llmprune import __version__, commands
 from llmprune.base.errors import LlmpruneError, RecipeError
 from llmprune.base.progress import Progress
+from llmprune.base.world import is_first
 
 if TYPE_CHECKING:
     from llmprune.base.progress import Mode
@@ -76,7 +78,8 @@ def wishes(
         str | None,
         Option(
             help="Calibration text: c4, wikitext2, fineweb-edu, open-platypus, ultrachat, demo, a "
-            "file or folder, OWNER/NAME on the Hub, or a mix: c4:3,ultrachat:1. "
+            "file or folder, OWNER/NAME on the Hub, a mix: c4:3,ultrachat:1, or on-policy: the "
+            "model writes it. "
             "[default: c4; with the demo model demo]"
         ),
     ] = None,
@@ -113,6 +116,10 @@ def run_flags(
     ] = False,
     quiet: Annotated[bool, Option("--quiet", help="Print warnings and errors only.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print events as JSON lines.")] = False,
+    profile: Annotated[
+        bool,
+        Option("--profile", help="Write what waits for what to OUT/llmprune/profile.json."),
+    ] = False,
 ) -> dict[str, Any]:
     """Collect the flags of the run itself."""
     return dict(locals())
@@ -177,27 +184,28 @@ def prune(
         return
     recipe = make(wish)
     mode: Mode = "json" if flags["as_json"] else "quiet" if flags["quiet"] else "rich"
-    progress = Progress(mode)
+    progress = Progress(mode if is_first() else "quiet", profile=flags["profile"])
     if flags["dry_run"]:
-        show_plans(recipe, flags["as_json"])
+        if is_first():
+            show_plans(recipe, flags["as_json"])
         return
-    if len(recipe.stages()) > 1 or recipe.recover is not None:
+    if len(recipe.stages()) > 1 or recipe.recover is not None or recipe.push is not None:
         from llmprune.runs import run_recipe
 
         report = run_recipe(recipe, progress, overwrite=flags["overwrite"])
-        if report is None:
-            return
     else:
         from llmprune.engine.opening import open_plan
-        from llmprune.steps import run_streamed
+        from llmprune.steps import run_together
 
         opened = open_plan(recipe)
         progress.note(head_line(opened.plan))
-        report = run_streamed(opened, progress, overwrite=flags["overwrite"])
+        report = run_together(opened, progress, overwrite=flags["overwrite"])
+    if report is None:  # another process than the first
+        return
     progress.event("report", **report.data)
     if mode == "rich":
         print(report)
-        print(f"details: llmprune show {report.out}")
+        print(f"details: llmprune show {report.out}, or {report.out}/llmprune/report.html")
 
 
 @app.command("plan")
@@ -253,11 +261,25 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "delta": commands.delta,
     "export": commands.export,
     "bench": commands.bench,
+    "analyze": commands.analyze,
+    "compare": commands.compare,
     "show": commands.show,
     "push": commands.push,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
+STATS: dict[str, Callable[..., None]] = {
+    "collect": commands.collect_stats,
+    "merge": commands.merge_stats,
+}
+stats = typer.Typer(
+    help="Collect statistics of a model as a folder, and add several of them.",
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for name, command in STATS.items():
+    stats.command(name)(command)
+app.add_typer(stats, name="stats")
 
 
 def make(wish: dict[str, Any]) -> Recipe:
@@ -342,6 +364,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _terminate)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us: `llmprune ... >&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "--quiet" in given or "--json" in given:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -365,6 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+FIRST_SPEAKS = 5.0  # seconds
 STOPPED = (
     "stopped. Finished {parts} are kept: the same command resumes, and removing the folder that "
     "ends in .partial discards them."
@@ -375,12 +401,22 @@ def _stopped(arguments: Sequence[str]) -> str:
     """Return what to say after an interruption: pruning and recovery leave something to resume."""
     if arguments[:1] == ["recover"]:
         return STOPPED.format(parts="steps, up to the last that was saved,")
-    names = {row.name for row in app.registered_commands}
+    names = {row.name for row in app.registered_commands} | {"stats"}
     return "stopped." if names & set(arguments[:1]) else STOPPED.format(parts="blocks")
 
 
 def _fail(arguments: Sequence[str], message: str, code: int) -> None:
-    """Print a message where people look, and in JSON mode where machines do; exit."""
+    """Print a message where people look, and in JSON mode where machines do; exit.
+
+    Of several processes the first speaks for all: most faults are the same in each. Another one
+    speaks where it is still there a while later, because the first has not failed.
+    """
+    if not is_first():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if code == 130:
+            sys.exit(code)
+        time.sleep(FIRST_SPEAKS)
+        message = f"process {os.environ['RANK']}: {message}"
     if "--json" in arguments:
         print(json.dumps({"event": "error", "code": code, "message": message}), flush=True)
     print(f"error: {message}" if code == 2 else message, file=sys.stderr, flush=True)

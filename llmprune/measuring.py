@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,16 +30,24 @@ from llmprune.engine.opening import (
 from llmprune.engine.plan import sequence_length
 from llmprune.evaluation.harness import check_fits, run_tasks
 from llmprune.evaluation.perplexity import Perplexity, loss_of_blocks, loss_of_model, pose
+from llmprune.evaluation.remembered import model_key, recall, remember, score_key, tasks_key
 from llmprune.evaluation.rolling import RollingPerplexity, predict_text, prefix_token
 from llmprune.evaluation.scores import ALONE, DENSE, PRUNED, Evaluation, Score, TaskFacts
 from llmprune.evaluation.tasks import hushed, open_tasks
+from llmprune.evaluation.timings import Bench
 from llmprune.evaluation.windows import Bos, Windows
+from llmprune.pages.result import renew_page
 from llmprune.recipe import build, default_steps
 
 if TYPE_CHECKING:
     from llmprune.recipe import Recipe
 
-KINDS = {Perplexity: "perplexity", RollingPerplexity: "rolling", Evaluation: "tasks"}
+KINDS = {
+    Perplexity: "perplexity",
+    RollingPerplexity: "rolling",
+    Evaluation: "tasks",
+    Bench: "speed",
+}
 
 
 def perplexity(
@@ -157,6 +166,7 @@ def evaluate(
     include_path: str | Path | None = None,
     apply_chat_template: bool = False,
     seed: int = 0,
+    cache: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
@@ -164,7 +174,8 @@ def evaluate(
 ) -> Evaluation:
     """Run tasks of lm-evaluation-harness on a result and on the dense model that it came from.
 
-    One model at a time is in memory, whole, as transformers loads it.
+    One model at a time is in memory, whole, as transformers loads it. Scores of a checkpoint are
+    kept in ~/.cache/llmprune, by the bytes of model and tasks, and are not measured twice.
 
     Args:
         model: a folder, a Hub id, "demo", or a `PreTrainedModel` with its `tokenizer`.
@@ -176,6 +187,7 @@ def evaluate(
         include_path: a folder with YAML files of tasks, which are then known by name.
         apply_chat_template: ask as the model's chat template does.
         seed: draws the worked examples.
+        cache: take scores that were measured before; False measures again.
 
     Raises:
         UnknownName: there is no such task.
@@ -196,50 +208,58 @@ def evaluate(
     opened = open_tasks(
         [str(name) for name in names], include_path=include_path, num_fewshot=num_fewshot
     )
+    asked: dict[str, Any] = {
+        "limit": limit,
+        "batch_size": batch_size,
+        "apply_chat_template": apply_chat_template,
+        "seed": seed,
+    }
     scores: dict[str, tuple[Score, ...]] = {}
     facts: dict[str, TaskFacts] = {}
-    dtypes = {}
+    computed, again = {}, []
     for role, side in sides.items():
-        with side.held(dtype, where, trust_remote_code) as (held, words):
-            scores[role], facts, said = run_tasks(
-                held,
-                words,
-                opened,
-                limit=limit,
-                batch_size=batch_size,
-                apply_chat_template=apply_chat_template,
-                seed=seed,
-            )
-            dtypes[role] = f"{str(held.dtype).removeprefix('torch.')} on {held.device}"
+        computed[role] = side.computed(dtype, where)
+        key = side.key(opened, {**asked, "computed": computed[role]}) if cache else None
+        told = recall(key) if key else None
+        if told is not None:
+            again.append(role)
+        else:
+            with side.held(dtype, where, trust_remote_code) as (held, words):
+                told = run_tasks(held, words, opened, **asked)
+            if key:
+                remember(key, told)
+        scores[role], facts, said = told
         notes += [note for note in said if note not in notes]
     return Evaluation(
         models={role: side.name for role, side in sides.items()},
         scores=scores,
         tasks=facts,
         settings={
-            "lm_eval": _version(),
-            "limit": limit,
+            **asked,
+            "lm_eval": version("lm_eval"),
             "num_fewshot": num_fewshot,
-            "batch_size": batch_size,
-            "apply_chat_template": apply_chat_template,
-            "seed": seed,
-            "computed": dtypes,
+            "computed": computed,
+            "measured before": again,
         },
         notes=tuple(notes),
     )
 
 
 def store_measurement(
-    folder: str | PathLike[str], found: Perplexity | RollingPerplexity | Evaluation
+    folder: str | PathLike[str], found: Perplexity | RollingPerplexity | Evaluation | Bench
 ) -> bool:
-    """Append a measurement to the folder of a result; other models are left as they are."""
+    """Append a measurement to the folder of a result, and write its page anew.
+
+    Other models are left as they are.
+    """
     path = Path(folder) / OWN / "evaluations.json"
     if str(folder) == "demo" or not (path.parent / "report.json").exists():
         return False
     before = read_json(path) if path.exists() else {}
     kind = KINDS[type(found)]
-    row = found.to_dict() if isinstance(found, Evaluation) else asdict(found)
+    row = found.to_dict() if isinstance(found, Evaluation | Bench) else asdict(found)
     write_json(path, {**before, kind: [*before.get(kind, []), row]})
+    renew_page(Path(folder))
     return True
 
 
@@ -286,6 +306,21 @@ class _Side:
             kind = choose_dtype(dtype, storage_dtype(self.source), device)
             size = sum(entry.num_params for entry in self.source.entries.values())
             check_fits(self.name, size, kind.itemsize, device)
+
+    def computed(self, dtype: str, device: torch.device) -> str:
+        """Return what is computed in and where, as a protocol says it."""
+        if self.source is None:
+            kind, place = self.model.dtype, self.model.device
+        else:
+            kind, place = choose_dtype(dtype, storage_dtype(self.source), device), device
+        return f"{str(kind).removeprefix('torch.')} on {place}"
+
+    def key(self, tasks: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+        """Return the name that scores are kept under; none for a model in memory."""
+        if self.source is None:
+            return None
+        versions = {name: version(name) for name in ("lm_eval", "transformers", "torch")}
+        return score_key(model_key(self.source), tasks_key(tasks), {**settings, **versions})
 
     @contextmanager
     def held(
@@ -399,9 +434,3 @@ def _first_model(run: Mapping[str, Any], notes: list[str]) -> Source | None:
         notes.append(f"the dense model is not measured: {error} Name it with --baseline.")
         return None
     return found
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("lm_eval")

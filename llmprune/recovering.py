@@ -21,6 +21,7 @@ from llmprune.base.memory import (
     return_freed,
 )
 from llmprune.base.progress import Progress
+from llmprune.base.world import open_world
 from llmprune.calibration.heldout import evaluation_text
 from llmprune.calibration.mix import window_record
 from llmprune.calibration.selection import evaluation_data
@@ -31,8 +32,10 @@ from llmprune.delivery.gate import clean_scratch, gate_tokens, pass_gate
 from llmprune.engine.calibrating import leaked_share
 from llmprune.engine.opening import open_origin, read_tokenizer
 from llmprune.engine.plan import sequence_length
-from llmprune.engine.records import OWN, Records, check_out, check_same_run
+from llmprune.engine.records import OWN, Records, check_files, check_out, check_same_run
 from llmprune.evaluation.perplexity import Question, loss_of_blocks, pose
+from llmprune.evaluation.samples import prompts_of, write_samples
+from llmprune.pages.result import PAGE, write_last
 from llmprune.recipe import PruneStep, Recipe, Step
 from llmprune.recovery.bank import Bank
 from llmprune.recovery.examples import Examples, examples_of, read_examples, with_text_of
@@ -54,6 +57,7 @@ from llmprune.report.recounting import block_rows
 from llmprune.report.run import Report
 from llmprune.steps import run_resident
 from llmprune.walk.forward import embed, logits, walk
+from llmprune.walk.sharing import await_end, leading
 from llmprune.walk.streamed import Streamed, stream
 
 if TYPE_CHECKING:
@@ -100,10 +104,25 @@ def run_recovery(
     """
     plan = open_recovery(recipe, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
     accelerator = _accelerator(recipe)
-    if not accelerator.is_main_process:
-        progress = Progress("quiet")
-        _train_along(plan, tokens, accelerator, progress)
+    world = open_world(cpu=accelerator.device.type == "cpu")
+    if world.rank:
+        _train_along(plan, tokens, accelerator, Progress("quiet"))
+        await_end(world)  # what comes next reads the result
         return None
+    with leading(world):
+        return _lead(plan, accelerator, progress, tokens=tokens, overwrite=overwrite, chain=chain)
+
+
+def _lead(
+    plan: RecoverPlan,
+    accelerator: Accelerator,
+    progress: Progress,
+    *,
+    tokens: Tensor | None,
+    overwrite: bool,
+    chain: Mapping[str, Any] | None,
+) -> Report:
+    """Do all that `run_recovery` does, but for what the other processes add to the training."""
     records = Records(out=plan.out)
     unfinished = None if overwrite else records.run()
     overwrite = overwrite or records.replaces
@@ -116,7 +135,11 @@ def run_recovery(
         fixed |= {"chain": dict(chain)} if chain else {}
         if finished:
             _check_finished(plan.out, fixed)
+            records.tidy()
+            if not (plan.out / OWN / PAGE).exists():  # killed right before it was written
+                write_last(plan.out, progress)
             progress.note(f"{plan.out} already holds this result; nothing to do")
+            accelerator.wait_for_everyone()
             return Report.read(plan.out)
         if unfinished is not None:
             check_same_run(unfinished, fixed, f"{records.partial} holds the beginning")
@@ -132,6 +155,7 @@ def run_recovery(
             report.data["calibration"] = record | {"leak": leak}  # type: ignore[index]
             write_json(records.own / "report.json", report.data)
             records.publish(overwrite=overwrite)
+            write_last(plan.out, progress)
         except LlmpruneError:
             if unfinished is None and Saved(folder=_saved(records)).newest() is None:
                 records.discard()
@@ -206,6 +230,8 @@ def _carry_out(
     if plan.wish.prune is not None:
         data |= sparsity_facts(plan, student) | {"blocks": block_rows(records.partial)}
     data |= {"gate": verdict.to_dict() | {"folder": str(plan.out)}, "perplexity": quality}
+    data |= {"samples": None} | _samples(plan, records.partial, progress, seconds)
+    data |= {"seconds": dict(seconds)}
     masks = {f"{OWN}/{path.name}": hash_file(path) for path in sorted(records.own.glob("masks-*"))}
     return Report(data | {"files": hashes | masks})
 
@@ -414,6 +440,29 @@ def _evaluate(
     return found
 
 
+def _samples(
+    plan: RecoverPlan, folder: Path, progress: Progress, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Return what the dense model, the one before and the result write; nothing if not asked."""
+    wish = plan.recipe.evaluate
+    prompts = () if wish is None else prompts_of(wish.prompts, wish.perplexity)
+    if wish is None or not prompts:
+        return {}
+    dense = open_origin(plan.source, plan.recipe, torch.float32)
+    models = {} if dense is None else {"dense": dense.source}
+    models |= {"before": plan.source, "after": open_folder(folder, name=str(plan.out))}
+    with _timed(seconds, "samples"), progress.stage("samples", 1) as stage:
+        found = write_samples(
+            *(models, prompts),
+            num_tokens=wish.new_tokens,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            trust_remote_code=plan.trust,
+        )
+        stage.advance(f"{len(prompts)} prompts")
+    return {"samples": found}
+
+
 def _vocabulary(blocks: Streamed) -> int:
     return int(blocks.model.config.get_text_config().vocab_size)
 
@@ -425,6 +474,7 @@ def _check_finished(out: Path, fixed: Mapping[str, Any]) -> None:
         RecipeError: it is the result of another recipe, source or text.
     """
     open_folder(out)
+    check_files(out, Report.read(out).data.get("files") or {})
     before = read_json(out / OWN / "run.json")
     keys = ("recipe", "source", "tokens")
     check_same_run(

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.base.errors import RecipeError
 from llmprune.base.progress import Progress
+from llmprune.base.world import is_first
 from llmprune.checkpoint.source import read_json
 from llmprune.engine.opening import default_out, open_plan
 from llmprune.engine.records import OWN, check_same_run
+from llmprune.pushing import carry_out, check_wish
 from llmprune.recovering import run_recovery
 from llmprune.recovery.planning import open_recovery
 from llmprune.report.run import Report
-from llmprune.steps import run_streamed
+from llmprune.steps import run_together
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +36,8 @@ def run_recipe(
     overwrite: bool = False,
     budget: Budget | None = None,
 ) -> Report | None:
-    """Carry out all stages of a recipe; None in all processes but the first.
+    """Carry out all stages of a recipe, then push where it says so; None in all processes but the
+    first.
 
     What stages before the last one write lies in OUT.stages until the last one is proven, so that
     the same call again goes on where an earlier one stopped.
@@ -42,17 +45,35 @@ def run_recipe(
     Raises:
         LlmpruneError: nothing is published, and the source is as it was.
     """
+    check_wish(recipe)
+    wished, recipe = recipe.push, recipe.without_push()
     stages = recipe.stages()
     if len(stages) == 1:
-        return _run(stages[0], progress, tokens=tokens, overwrite=overwrite, budget=budget)
+        report = _run(stages[0], progress, tokens=tokens, overwrite=overwrite, budget=budget)
+    else:
+        report = _run_stages(recipe, progress, tokens=tokens, overwrite=overwrite, budget=budget)
+    carry_out(wished, report, progress)
+    return report
+
+
+def _run_stages(
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    tokens: Tensor | Windows | None,
+    overwrite: bool,
+    budget: Budget | None,
+) -> Report | None:
+    """Carry out the stages of a recipe, each on what the one before wrote."""
+    stages = recipe.stages()
     out = result_folder(recipe)
     home = out.with_name(out.name + ".stages")
     chain = {"steps": recipe.to_dict()["steps"], "model": recipe.model}
     if not overwrite and (out / OWN / "report.json").exists():
         _check_chain(out, chain)
         progress.note(f"{out} already holds this result; nothing to do")
-        return Report.read(out)
-    if overwrite:
+        return Report.read(out) if is_first() else None
+    if overwrite and is_first():
         shutil.rmtree(home, ignore_errors=True)
     report: Report | None = None
     model = recipe.model
@@ -70,7 +91,8 @@ def run_recipe(
             chain=chain if last else None,
         )
         model = str(folder)
-    shutil.rmtree(home, ignore_errors=True)
+    if is_first():
+        shutil.rmtree(home, ignore_errors=True)
     return report
 
 
@@ -107,7 +129,10 @@ def plans_of(recipe: Recipe) -> list[Any]:
         found = replace(open_recovery(first), recipe=recipe)
     else:
         found = replace(open_plan(first).plan, recipe=recipe)
-    return [found, *(_told(stage) for stage in stages[1:])]
+    then = [_told(stage) for stage in stages[1:]]
+    if recipe.push is not None:
+        then.append({"push": recipe.push.model_dump(mode="json", exclude_defaults=True)})
+    return [found, *then]
 
 
 def _told(stage: Recipe) -> dict[str, Any]:
@@ -134,7 +159,7 @@ def _run(
         ids = tokens if isinstance(tokens, torch.Tensor) else None
         return run_recovery(stage, progress, tokens=ids, overwrite=overwrite, chain=chain)
     opened = open_plan(stage, budget=budget)
-    return run_streamed(opened, progress, tokens=tokens, overwrite=overwrite, chain=chain)
+    return run_together(opened, progress, tokens=tokens, overwrite=overwrite, chain=chain)
 
 
 def _check_chain(out: Path, chain: Mapping[str, Any]) -> None:

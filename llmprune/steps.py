@@ -16,6 +16,8 @@ from llmprune.arch.limits import longest_sequence
 from llmprune.base.errors import LlmpruneError, RecipeError, TooLarge, WontLoad
 from llmprune.base.memory import map_large_pieces
 from llmprune.base.progress import Progress
+from llmprune.base.timeline import Clock, Timeline
+from llmprune.base.world import open_world
 from llmprune.calibration.heldout import evaluation_text
 from llmprune.calibration.mix import Windows, window_record
 from llmprune.calibration.selection import evaluation_data
@@ -36,6 +38,7 @@ from llmprune.engine.folder import (
     prior_masks,
     what_fixes,
 )
+from llmprune.engine.following import follow
 from llmprune.engine.gradients import check_backward
 from llmprune.engine.masked import masked_logits
 from llmprune.engine.opening import (
@@ -48,7 +51,14 @@ from llmprune.engine.opening import (
     with_shipment,
 )
 from llmprune.engine.plan import Plan, make_plan
-from llmprune.engine.records import OBEYED, OWN, Records, check_out, check_same_run
+from llmprune.engine.records import (
+    OBEYED,
+    OWN,
+    Records,
+    check_files,
+    check_out,
+    check_same_run,
+)
 from llmprune.engine.shipping import ship, ship_masked
 from llmprune.engine.solving import Outcome
 from llmprune.engine.survey import Surroundings, before_the_cut
@@ -56,9 +66,12 @@ from llmprune.engine.target import reached
 from llmprune.engine.whole_run import HiddenRun, VocabularyRun
 from llmprune.evaluation.perplexity import Question, loss_of_blocks, pose
 from llmprune.evaluation.rolling import predict_text
+from llmprune.evaluation.samples import prompts_of, write_samples
+from llmprune.pages.result import PAGE, write_last
 from llmprune.report.run import Report, report_data
 from llmprune.walk.forward import Stream, embed
 from llmprune.walk.resident import Resident, in_memory, set_sizes
+from llmprune.walk.sharing import ALONE, Others, leading
 from llmprune.walk.streamed import Streamed
 
 if TYPE_CHECKING:
@@ -69,6 +82,35 @@ if TYPE_CHECKING:
     from llmprune.recipe import Recipe
 
 
+PROFILE = "profile.json"
+
+
+def run_together(
+    opened: Opened,
+    progress: Progress,
+    *,
+    tokens: Tensor | Windows | None = None,
+    overwrite: bool = False,
+    chain: Mapping[str, Any] | None = None,
+) -> Report | None:
+    """Carry out a plan in all processes that torchrun or accelerate started; None in all but the
+    first, which returns the report as `run_streamed` does.
+
+    Raises:
+        LlmpruneError: nothing is published, and the source is as it was.
+    """
+    world = open_world(cpu=opened.plan.device.type == "cpu")
+    if world.rank:
+        follow(world, opened, Records(out=Path(str(opened.plan.out))).partial)
+        return None
+    if world.size > 1:
+        progress.note(f"{world.size} processes share the calibration text")
+    with leading(world) as others:
+        return run_streamed(
+            opened, progress, tokens=tokens, overwrite=overwrite, chain=chain, others=others
+        )
+
+
 def run_streamed(
     opened: Opened,
     progress: Progress,
@@ -76,12 +118,13 @@ def run_streamed(
     tokens: Tensor | Windows | None = None,
     overwrite: bool = False,
     chain: Mapping[str, Any] | None = None,
+    others: Others = ALONE,
 ) -> Report:
     """Carry out a plan: cut, prove, evaluate, publish; or continue where an earlier run stopped.
 
     `tokens` (N, T) int64 take the place of the recipe's text. With `overwrite` an existing result
     is replaced, and an unfinished run is not continued. `chain` is the recipe that this is a stage
-    of, for the result's record.
+    of, for the result's record. `others` are further processes, which add to sums over tokens.
 
     Raises:
         LlmpruneError: nothing is published, and the source is as it was.
@@ -104,11 +147,13 @@ def run_streamed(
         text = run_text(opened, records, progress, before=before, finished=finished, given=tokens)
         if text.tokens is not None:
             check_tokens(text.tokens, opened.blocks.model.config)
-        fixed = what_fixes(opened, None) | text.fixes
+        fixed = what_fixes(opened, None, world_size=others.world.size) | text.fixes
         fixed |= {"chain": dict(chain)} if chain else {}
         if finished:
             _check_same_result(out, fixed)
             records.tidy()
+            if not (out / OWN / PAGE).exists():  # killed right before it was written
+                write_last(out, progress)
             progress.note(f"{out} already holds this result; nothing to do")
             return Report.read(out)
         question = evaluation_question(opened, progress)
@@ -126,10 +171,11 @@ def run_streamed(
             text.keep(records)
             progress.bind(records.own / "events.jsonl")
             report = _carry_out(
-                *(opened, records, fixed, text.tokens, question, progress),
+                *(opened, records, fixed, text.tokens, question, progress, others),
                 calibration=text.record and text.record | {"leak": leak},
             )
             records.publish(overwrite=overwrite)
+            write_last(out, progress)
         except LlmpruneError:
             if unfinished is None and not records.any_whole():
                 records.discard()
@@ -173,22 +219,25 @@ def _carry_out(
     tokens: Tensor | None,
     question: Question | None,
     progress: Progress,
+    others: Others,
     *,
     calibration: Mapping[str, Any] | None = None,
 ) -> Report:
     """Cut, finish, prove and evaluate in the partial folder; return the report."""
-    seconds: dict[str, float] = {}
+    progress.timeline = Timeline()
+    seconds = Clock(progress.timeline)
     torch.set_num_threads(int(fixed["threads"]))
     clean_scratch(records.partial)
 
-    def fresh(tokens_NT: Tensor, name: str = "hidden") -> Stream:
+    def fresh(tokens_NT: Tensor, name: str = "hidden", *, among: Others = ALONE) -> Stream:
         place = fixed["place"]
         folder = records.own / name if place == "disk" else None
+        micro_batch = int(fixed["micro_batch"])
         return embed(
-            opened.blocks, tokens_NT, int(fixed["micro_batch"]), place=place, folder=folder
+            opened.blocks, tokens_NT, micro_batch, place=place, folder=folder, others=among
         )
 
-    make = _cut_blocks if opened.plan.whole is None else _cut_model
+    make = partial(_cut_blocks, others) if opened.plan.whole is None else _cut_model
     made = make(opened, records, fixed, tokens, question, progress, seconds, fresh)
     plan = made.plan
     code = plan.shipment.code if plan.shipment else ()
@@ -234,8 +283,39 @@ def _carry_out(
         | _recoveries(opened)
     )
     report.data["gate"]["folder"] = str(plan.out)
+    samples = _samples(opened, records, bool(code), progress, seconds)
+    report = replace(report, data={**report.data, **samples, "seconds": dict(seconds)})
+    if progress.profile:
+        write_json(records.own / PROFILE, progress.timeline.trace())
+        report = replace(report, data={**report.data, "profile": progress.timeline.summary()})
     write_json(records.own / "report.json", report.data)
     return report
+
+
+def _samples(
+    opened: Opened, records: Records, own_code: bool, progress: Progress, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Return what the dense model and the result write; nothing if not asked for."""
+    recipe = opened.plan.recipe
+    wish = recipe.evaluate
+    prompts = () if wish is None else prompts_of(wish.prompts, wish.perplexity)
+    if wish is None or not prompts:
+        return {}
+    dense = open_origin(opened.source, recipe, opened.plan.dtype)
+    models = {
+        "dense": opened.source if dense is None else dense.source,
+        "pruned": open_folder(records.partial, name=str(opened.plan.out)),
+    }
+    with _stage(seconds, "samples"), progress.stage("samples", 1) as stage:
+        found = write_samples(
+            *(models, prompts),
+            num_tokens=wish.new_tokens,
+            device=opened.blocks.device,
+            dtype=opened.plan.dtype,
+            trust_remote_code=recipe.trust_remote_code or own_code,
+        )
+        stage.advance(f"{len(prompts)} prompts")
+    return {"samples": found}
 
 
 def _recoveries(opened: Opened) -> dict[str, Any]:
@@ -259,6 +339,7 @@ class Made(NamedTuple):
 
 
 def _cut_blocks(
+    others: Others,
     opened: Opened,
     records: Records,
     fixed: Mapping[str, Any],
@@ -268,13 +349,18 @@ def _cut_blocks(
     seconds: dict[str, float],
     fresh: Callable[..., Stream],
 ) -> Made:
-    """Survey, cut block after block, and write what completes the folder."""
+    """Survey, cut block after block, and write what completes the folder.
+
+    Other processes take part where sums over micro-batches are all that is learnt; what is not such
+    a sum is learnt here, from all of the text.
+    """
     plan = opened.plan
     around = Surroundings(
         blocks=opened.blocks,
         progress=progress,
         tokens_NT=tokens,
         embed=fresh,
+        share=partial(fresh, among=others),
         prior=prior_masks(opened),
         folder=records.survey,
     )
@@ -286,9 +372,14 @@ def _cut_blocks(
             record=records.own / "allocation.json",
         )
     plan = with_shipment(opened, plan)
-    blocks = open_target(opened, plan, records.partial)
+    blocks = open_target(opened, plan, records.partial, progress.timeline)
+    among = others if plan.parts.sums else ALONE
     with _stage(seconds, "embed"):
-        flow = fresh(tokens) if tokens is not None and plan.parts.cut_tokens else None
+        if tokens is not None and plan.parts.cut_tokens:
+            among.ask("result", counts=dict(plan.counts or {}))
+            flow = fresh(tokens, among=among)
+        else:
+            flow = None
         dense = fresh(tokens, "dense") if tokens is not None and plan.parts.dense else None
     with _stage(seconds, "cut"):
         keeper = FolderKeeper(records, blocks)
@@ -392,7 +483,8 @@ def run_resident(
                         "tokenizer: a model in memory needs one for calibration text. Pass "
                         "tokenizer=..., or token ids (N, T) as calib=..."
                     )
-                found = calibration_windows(plan, tokenizer, progress, texts=texts)
+                author = partial(nullcontext, model)
+                found = calibration_windows(plan, tokenizer, progress, texts=texts, author=author)
                 tokens, calibration = found.tokens, found.record
             check_tokens(tokens, model.config)
             calibration = calibration or window_record("token ids", tokens)
@@ -581,6 +673,7 @@ def _check_same_result(out: Path, fixed: Mapping[str, Any]) -> None:
         RecipeError: it is the result of another recipe, source or calibration.
     """
     open_folder(out)
+    check_files(out, Report.read(out).data.get("files") or {})
     before = read_json(out / OWN / "run.json")
     keys = ("recipe", "source", "tokens")
     check_same_run(
@@ -604,8 +697,10 @@ def _same_threads() -> Iterator[None]:
 def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
     """Time a stage of the run."""
     start = time.perf_counter()
+    timeline = seconds.timeline if isinstance(seconds, Clock) else Timeline()
     try:
-        yield
+        with timeline.span(name):
+            yield
     finally:
         seconds[name] = round(time.perf_counter() - start, 3)
 

@@ -34,6 +34,7 @@ from llmprune.delivery import gate
 from llmprune.delivery import stock as stock_script
 from llmprune.delivery.copied_code import code_in_scratch
 from llmprune.engine import opening, pace, plan
+from llmprune.evaluation import samples
 from llmprune.walk.streamed import Streamed, stream
 
 # A busy machine must not fail a property, and CI looks at the same examples every time.
@@ -216,6 +217,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(pace, "latency_table", lambda *args, **rest: steady.table(*args, **rest))
     monkeypatch.setattr(pace, "trunk_latency", lambda *args, **rest: steady.trunk)
     return steady
+
+
+@pytest.fixture(autouse=True)
+def no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no model write texts, which takes a while, but where a test asks for some."""
+    monkeypatch.setattr(samples, "PROMPTS", ())
 
 
 @pytest.fixture

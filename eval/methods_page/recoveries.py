@@ -104,6 +104,7 @@ def distillations() -> str:
     text = (
         "`recover.distill` draws the model towards the dense one that it was made from, whose "
         "answers to the training text are computed once, block by block, before training begins. "
+        "Where nothing is said it is `kl`, if that model is still where it was; `none` leaves it. "
         "One name, or two with a plus, such as `kl+hidden`: of two the second counts as much as "
         "the first does where training begins. `recover.distill_weight` is the teacher's share of "
         "the loss."

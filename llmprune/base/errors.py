@@ -8,6 +8,7 @@ LlmpruneError
   CheckpointError(OSError)        missing, damaged or hostile shard, with file and tensor
   NumericalError(ArithmeticError) site, statistic
   TooLarge(MemoryError)           needed and available, and which key lowers it
+  LostProcess(RuntimeError)       a process of several has ended, and what resumes the run
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ class NumericalError(LlmpruneError, ArithmeticError):
 
 class TooLarge(LlmpruneError, MemoryError):
     """More memory or disk needed than there is, and which key lowers it."""
+
+
+class LostProcess(LlmpruneError, RuntimeError):
+    """One of the processes of a run has ended; with what goes on from there."""
 
 
 def first_line(error: BaseException | str) -> str:

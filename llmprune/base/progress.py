@@ -7,10 +7,12 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from llmprune.base.timeline import Timeline
 
 if TYPE_CHECKING:  # rich is imported on the first display, so that importing this file is cheap
     from rich.console import Console
@@ -26,7 +28,8 @@ class Progress:
 
     ``rich`` draws bars and tables on a terminal and prints plain lines into a pipe or a notebook;
     ``quiet`` shows warnings only; ``json`` prints each event as a line. Warnings go to stderr in
-    every mode, the display to ``stream`` (stdout when it is None).
+    every mode, the display to ``stream`` (stdout when it is None). ``timeline`` is what threads of
+    the run do when; with ``profile`` it is written beside the report.
 
     >>> progress = Progress("quiet")
     >>> with progress.stage("cut", total=2) as stage:
@@ -35,8 +38,12 @@ class Progress:
     []
     """
 
-    def __init__(self, mode: Mode = "rich", stream: TextIO | None = None) -> None:
+    def __init__(
+        self, mode: Mode = "rich", stream: TextIO | None = None, *, profile: bool = False
+    ) -> None:
         self.mode = mode
+        self.profile = profile
+        self.timeline = Timeline()
         self.warnings: list[str] = []
         self._stream = stream
         self._path: Path | None = None
@@ -55,7 +62,7 @@ class Progress:
         self._waiting.append(line)
         self._flush()
         if self.mode == "json":
-            print(line, file=self._out, flush=True)
+            self._print(line)
 
     def note(self, text: str) -> None:
         """Tell the user something that needs no action."""
@@ -66,7 +73,8 @@ class Progress:
         """Tell the user something that may need action; it is kept in ``warnings``."""
         self.warnings.append(text)
         self.event("warning", text=text)
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Stage]:
@@ -101,7 +109,8 @@ class Progress:
             table.add_column(Text(column), justify="right" if numeric else "left")
         for row in rows:
             table.add_row(*(Text(_cell(value)) for value in row))
-        (self._bars.console if self._bars else self._console()).print(table)
+        with suppress(OSError, ValueError):
+            (self._bars.console if self._bars else self._console()).print(table)
 
     @property
     def _out(self) -> TextIO:
@@ -128,6 +137,11 @@ class Progress:
         if self._bars is not None:  # above the bars, which would otherwise be torn
             self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        """Print a line; a run does not end because nobody reads on: `llmprune ... | head`."""
+        with suppress(OSError, ValueError):  # a broken pipe, a full disk, a closed file
             print(text, file=self._out, flush=True)
 
     def _console(self) -> Console:
@@ -146,8 +160,7 @@ class Progress:
             parts.BarColumn(bar_width=24),
             parts.MofNCompleteColumn(),
             parts.TimeElapsedColumn(),
-            parts.TextColumn("ETA"),
-            parts.TimeRemainingColumn(),
+            parts.TextColumn("{task.fields[left]}", markup=False),
             parts.TextColumn("{task.fields[shown]}", markup=False),
             console=self._console(),
             redirect_stderr=sys.stderr.isatty(),  # warnings stay in `2> file`
@@ -160,27 +173,53 @@ class Stage:
     def __init__(self, progress: Progress, name: str, total: int) -> None:
         self.name, self.total, self.done = name, total, 0
         self.began = time.monotonic()
+        self._times: list[float] = []  # of each step, seconds; work that was found done has none
+        self._last = self.began
         self._progress = progress
         self._advance_bar: Any = None
 
     def open(self, bars: Bars | None) -> None:
         """Add this stage's bar to ``bars``, where a terminal shows any."""
         if bars is not None:
-            task = bars.add_task(self.name, total=self.total, shown="")
-            self._advance_bar = lambda shown: bars.update(task, advance=1, shown=shown)
+            task = bars.add_task(self.name, total=self.total, shown="", left="")
+            self._advance_bar = lambda shown, left: bars.update(
+                task, completed=self.done, shown=shown, left=left
+            )
 
-    def advance(self, label: str = "", **fields: Any) -> None:
-        """Count one step as done; ``fields`` (sparsity, error, memory) are shown and recorded."""
+    def advance(self, label: str = "", *, whole: bool = False, **fields: Any) -> None:
+        """Count one step as done; ``fields`` (sparsity, error, memory) are shown and recorded.
+
+        A step that an earlier run had finished is ``whole``: it tells nothing of those to come.
+        """
         self.done += 1
+        now = time.monotonic()
+        if not whole:
+            self._times.append(now - self._last)
+        self._last = now
         place = {"stage": self.name, "index": self.done, "total": self.total, "label": label}
-        self._progress.event("stage_advance", **place | fields)
+        left = self.left()
+        told = {} if left is None else {"left": round(left, 3)}
+        self._progress.event("stage_advance", **place | fields | told)
         shown = "  ".join([label] * bool(label) + [_field(*item) for item in fields.items()])
+        to_go = f"{human_seconds(left)} left" if left else ""
         if self._advance_bar is not None:
-            self._advance_bar(shown)
+            self._advance_bar(shown, to_go)
         elif self._crossed_a_tenth():
-            elapsed = human_seconds(time.monotonic() - self.began)
+            elapsed = human_seconds(now - self.began)
             head = f"{self.name} {self.done}/{self.total}"
-            self._progress._say("  ".join(part for part in (head, elapsed, shown) if part))
+            parts = (head, elapsed, to_go, shown)
+            self._progress._say("  ".join(part for part in parts if part))
+
+    def left(self) -> float | None:
+        """Return the seconds that the rest of this stage will take; None before the first step.
+
+        Steps cost what those so far did on average. The first is left out once there is a second:
+        it also pays for what is loaded and allocated once.
+        """
+        if not self._times:
+            return None
+        known = self._times[1:] or self._times
+        return sum(known) / len(known) * (self.total - self.done)
 
     def _crossed_a_tenth(self) -> bool:
         total = max(self.total, 1)

@@ -35,7 +35,7 @@ class HiddenStates:
             stored = self._map(len(self._items), hidden_BTD)
             stored.copy_(hidden_BTD)
         else:
-            stored = hidden_BTD if self.place == "device" else hidden_BTD.cpu()
+            stored = hidden_BTD if self.place == "device" else _on_host(hidden_BTD)
         self._items.append(stored)
 
     def get(self, index: int, device: torch.device) -> Tensor:
@@ -68,3 +68,8 @@ class HiddenStates:
         path = self._folder / f"hidden-{index:05d}.bin"
         flat = torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype)
         return flat.view(like.shape)
+
+
+def _on_host(value: Tensor) -> Tensor:
+    """Return a tensor on the host; what comes from CUDA in pinned memory, which copies overlap."""
+    return value.cpu().pin_memory() if value.is_cuda else value.cpu()

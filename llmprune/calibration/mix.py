@@ -20,6 +20,7 @@ from llmprune.calibration.files import local_files
 from llmprune.calibration.selection import calibration_texts, name_of, place_of
 from llmprune.calibration.turns import only_said
 from llmprune.calibration.windows import token_hash, tokenize_asked
+from llmprune.recipe.texts import ON_POLICY, WRITING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +57,11 @@ def read_windows(recipe: Recipe, tokenizer: Any, *, seq_len: int, loss: Loss = "
     """
     wish, seed = recipe.calibration, recipe.seed
     wishes = calibration_texts(recipe)
+    if wish.data == ON_POLICY:
+        raise RecipeError(
+            f"calibration.data: {ON_POLICY} is what a model writes to be pruned on. Where it is "
+            "trained or compared give text, such as c4 or a file (--data, recover.data)."
+        )
     many = len(wishes) > 1
     keys = [
         f"calibration.data[{index}]" if many else "calibration.data" for index in range(len(wishes))
@@ -172,6 +178,10 @@ def wish_hash(recipe: Recipe, seq_len: int, folder: Path) -> str:
     asked = [texts, wish.num_samples, seq_len, wish.bos, recipe.seed]
     if len(wishes) > 1:
         asked.append([_marks(text.data) for text in wishes if place_of(text.data) == "local"])
+    if wish.data == ON_POLICY:
+        asked.append([getattr(wish, name) for name in WRITING])
+        if wish.prompts is not None and place_of(wish.prompts) == "local":
+            asked.append(_marks(wish.prompts))
     digest = hashlib.sha256(json.dumps(asked).encode())
     for pattern in _TOKENIZER_FILES:
         for path in sorted(folder.glob(pattern)):

@@ -6,6 +6,7 @@ tables), so each block's own are kept. Legend: B sequences, T tokens, D hidden s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -221,7 +222,9 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
     import torch
 
     within = 1e-5 * float(theirs.abs().max())
-    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=0, atol=within)
+    if ours.shape != theirs.shape or not math.isfinite(within):
+        return False
+    return torch.allclose(ours, theirs, rtol=0, atol=within)
 
 
 def _arguments_of(model: Any, blocks: Sequence[nn.Module], ids_BT: Tensor) -> list[Arguments]:

@@ -14,7 +14,7 @@ from llmprune.base.errors import RecipeError
 from llmprune.calibration.presets import PRESETS
 from llmprune.checkpoint.source import read_json
 from llmprune.recipe.models import Recipe
-from llmprune.recipe.texts import PARTS, Portion
+from llmprune.recipe.texts import ON_POLICY, PARTS, Portion
 
 DEMO, AUTO, HUB = "demo", "auto", "hub:"
 RANDOM = "random-tokens"  # no text at all
@@ -25,7 +25,7 @@ SUFFIXES = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 _ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _WEIGHED = re.compile(r"(?P<name>.+?)(?::(?P<weight>\d{1,9}(?:\.\d{1,9})?))?")
 
-Place = Literal["demo", "preset", "local", "hub", "drawn"]
+Place = Literal["demo", "preset", "local", "hub", "drawn", "written"]
 
 
 def calibration_texts(recipe: Recipe) -> tuple[Portion, ...]:
@@ -38,10 +38,17 @@ def calibration_texts(recipe: Recipe) -> tuple[Portion, ...]:
     [('c4', 3.0), ('ultrachat', 1.0)]
 
     Raises:
-        RecipeError: a weight is zero, or split, config, revision or column stand beside a mix.
+        RecipeError: a weight is zero, text that the model writes is part of a mix, or split,
+            config, revision or column stand beside one.
     """
     wish = recipe.calibration
     texts = _texts(wish.data) if isinstance(wish.data, str) else wish.data
+    if len(texts) > 1 and any(text.data == ON_POLICY for text in texts):
+        raise RecipeError(
+            f"calibration.data: {ON_POLICY} is no part of a mix: the model writes all windows or "
+            f"none. Type --calib {ON_POLICY} alone, with calibration.prompts for what it begins "
+            "from."
+        )
     given = {name: value for name in PARTS if (value := getattr(wish, name)) is not None}
     if given and len(texts) > 1:
         raise RecipeError(
@@ -109,6 +116,8 @@ def place_of(data: str) -> Place:
         return "demo"
     if data == RANDOM:
         return "drawn"
+    if data == ON_POLICY:
+        return "written"
     if data in PRESETS:
         return "preset"
     if data.startswith(HUB):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -58,6 +59,32 @@ def open_hub(model: str, revision: str | None) -> Source:
             return Path(hf_hub_download(model, file, revision=commit))
 
     return Source(name=model, folder=folder, entries=entries, revision=commit, fetch=fetch)
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name has the form of a repository's.
+
+    >>> is_hub_id("owner/name"), is_hub_id("./folder"), is_hub_id("a/b/c")
+    (True, False, False)
+    """
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
+
+
+def fetch_whole(model: str, revision: str | None, mark: str) -> Path | None:
+    """Return the folder of a Hub repository, all of it fetched, if it holds the file `mark`.
+
+    Raises:
+        CheckpointError: no such repository or revision, no access, no connection.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with _hub_errors(model, revision):
+        try:
+            commit = Path(hf_hub_download(model, mark, revision=revision)).parent.name
+        except EntryNotFoundError:  # offline it is not in the cache
+            return None
+        return Path(snapshot_download(model, revision=commit))
 
 
 def _shards(model: str, folder: Path, sizes: dict[str, int]) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from importlib.resources import files
 from pathlib import Path
 
 from llmprune.base.errors import CheckpointError
-from llmprune.checkpoint.hub import open_hub
+from llmprune.checkpoint.hub import is_hub_id, open_hub
 from llmprune.checkpoint.sink import check_links
 from llmprune.checkpoint.source import Source, open_folder
 
@@ -30,7 +29,7 @@ def open_source(model: str, *, revision: str | None = None) -> Source:
             f"--model {model} is a file. Give the folder that holds config.json and the "
             "safetensors."
         )
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
+    if not is_hub_id(model):
         raise CheckpointError(
             f"--model {model}: no such folder, and not a Hub id of the form owner/name. "
             "Give a local folder, a Hub id, or `demo` for the bundled model."

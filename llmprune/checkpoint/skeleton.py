@@ -13,6 +13,7 @@ from llmprune.arch.experts import mixture_of
 from llmprune.arch.probe import find_family
 from llmprune.arch.types import Family
 from llmprune.base.errors import CheckpointError, UnsupportedModel, first_line
+from llmprune.checkpoint.source import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -65,13 +66,12 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         UnsupportedModel: quantised, with towers of other modalities, or in need of remote code.
         CheckpointError: config.json is not understood.
     """
-    import json
-
     from transformers import AutoConfig
 
-    data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    data = read_json(folder / "config.json")
     if quantised := data.get("quantization_config"):
-        method = quantised.get("quant_method", quantised.get("fmt", "unknown format"))
+        said = quantised if isinstance(quantised, dict) else {}
+        method = said.get("quant_method", said.get("fmt", "unknown format"))
         raise UnsupportedModel(f"{folder} " + QUANTISED.format(method=method))
     if towers := sorted(k for k in ("vision_config", "audio_config") if data.get(k)):
         raise UnsupportedModel(
@@ -120,7 +120,7 @@ def build_skeleton(
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code, **options
             )
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # of many kinds; all mean that no model follows from this config
         raise UnsupportedModel(
             f"transformers cannot build {config.model_type}: {first_line(error)}"
         ) from error

@@ -92,9 +92,10 @@ class Source:
         return read_json(self.folder / "config.json")
 
     def fingerprint(self) -> str:
-        """Return a hash of config, headers, and 64 pages, size and time of every local shard.
+        """Return a hash of config, headers, and 64 pages and the size of every local shard.
 
-        Hub sources are identified by commit, which fixes their bytes.
+        A copy elsewhere has the same one. Hub sources are identified by commit, which fixes their
+        bytes.
         """
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for name in sorted(self.entries):
@@ -103,15 +104,24 @@ class Source:
         if self.revision:
             digest.update(f"{self.name}@{self.revision}".encode())
             return digest.hexdigest()
-        for file in sorted({entry.file for entry in self.entries.values()}):
-            path = self.folder / file
+        for path in self._shards():
             size = path.stat().st_size
-            digest.update(f"{size} {path.stat().st_mtime_ns}".encode())
+            digest.update(f"{size}".encode())
             with path.open("rb") as handle:
                 for page in range(64):
                     handle.seek(max(0, size - 4096) * page // 63)
                     digest.update(handle.read(4096))
         return digest.hexdigest()
+
+    def last_change(self) -> int | None:
+        """Return when a local shard last changed, in nanoseconds: what a resumed run relies on.
+
+        None for Hub sources, whose commit says it.
+        """
+        return None if self.revision else max(path.stat().st_mtime_ns for path in self._shards())
+
+    def _shards(self) -> list[Path]:
+        return [self.folder / file for file in sorted({e.file for e in self.entries.values()})]
 
 
 def damaged(path: Path, reason: str) -> CheckpointError:
@@ -137,7 +147,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, or nested too deeply
         raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds {type(data).__name__}, expected a JSON object.")
@@ -230,7 +240,9 @@ def read_header(path: Path) -> dict[str, Entry]:
                 raise ValueError(f"{name} of shape {row['shape']} in {last - first} bytes")
             entries[name] = entry
         return entries
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise damaged(path, str(error)) from error
+    except (struct.error, RecursionError) as error:
         raise damaged(path, str(error)) from error
 
 

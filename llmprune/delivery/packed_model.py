@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmprune.base.errors import CheckpointError, RecipeError, WontLoad
 from llmprune.base.progress import human_bytes
+from llmprune.checkpoint.hub import fetch_whole, is_hub_id
 from llmprune.checkpoint.sink import check_links, copy_side_files, settle, write_json, write_tensors
 from llmprune.checkpoint.source import (
     Entry,
@@ -341,6 +342,19 @@ def load_packed(folder: Path, *, dtype: Any = "auto", trust_remote_code: bool = 
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.name_or_path = str(folder)
     return model.eval()
+
+
+def packed_folder(model: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a packed model, fetched whole where that is on the Hub; None where the
+    model is not packed.
+
+    Raises:
+        CheckpointError: the Hub knows no such model or revision, or cannot be reached.
+    """
+    path = Path(model).expanduser()
+    if model == "demo" or path.exists() or not is_hub_id(model):
+        return path if is_packed(path) else None
+    return fetch_whole(model, revision, LIST)
 
 
 def is_packed(folder: Path) -> bool:

@@ -5,20 +5,27 @@ Shapes: N windows, T tokens in each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmprune.base.memory import return_freed
 from llmprune.base.progress import Progress
 from llmprune.calibration.leak import MOST_SHARED, RUN, shared_share
 from llmprune.calibration.mix import Windows, read_windows, window_record, wish_hash
+from llmprune.calibration.on_policy import Author, check_room, written_windows
 from llmprune.calibration.selection import AUTO, DEMO, RANDOM, calibration_texts, is_demo, place_of
 from llmprune.calibration.windows import token_hash, tokenize_windows
 from llmprune.checkpoint.sink import write_tensors
 from llmprune.engine.opening import Opened, read_tokenizer
 from llmprune.engine.plan import Plan
+from llmprune.engine.plan_table import writing_text
 from llmprune.engine.records import Records
+from llmprune.evaluation.tasks import hushed
+from llmprune.recipe.texts import ON_POLICY
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,13 +92,46 @@ def run_text(
         if tokens is not None and token_hash(tokens) == before["tokens"]:
             return _text(asked, Windows(tokens=tokens, record=known["record"], is_remote=True))
     tokenizer = read_tokenizer(opened.source, opened.plan.recipe)
-    return _text(asked, calibration_windows(opened.plan, tokenizer, progress))
+    author = partial(author_of, opened)
+    return _text(asked, calibration_windows(opened.plan, tokenizer, progress, author=author))
+
+
+@contextmanager
+def author_of(opened: Opened) -> Iterator[Any]:
+    """Hold the model that is pruned in memory, as transformers loads it, for it to write text.
+
+    Raises:
+        TooLarge: it does not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    plan, source = opened.plan, opened.source
+    size = sum(entry.num_params for entry in source.entries.values())
+    check_room(source.name, size, plan.dtype.itemsize, plan.device)
+    for file in sorted({entry.file for entry in source.entries.values()}):
+        source.path(file)  # fetched where the source is on the Hub
+    with hushed():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=plan.dtype, trust_remote_code=plan.recipe.trust_remote_code
+        )
+    try:
+        yield model.to(plan.device).eval()
+    finally:
+        del model
+        return_freed()
 
 
 def calibration_windows(
-    plan: Plan, tokenizer: Any, progress: Progress, *, texts: Sequence[str] | None = None
+    plan: Plan,
+    tokenizer: Any,
+    progress: Progress,
+    *,
+    texts: Sequence[str] | None = None,
+    author: Author | None = None,
 ) -> Windows:
     """Return the token windows (N, T) of the recipe's text, or of texts given as strings.
+
+    `author` holds the model in memory for text that it writes itself.
 
     Raises:
         RecipeError: the text is not there, cannot be reached, or is too short.
@@ -99,6 +139,10 @@ def calibration_windows(
     recipe = plan.recipe
     if texts is None and recipe.calibration.data == RANDOM:
         return drawn_windows(plan, tokenizer)
+    if texts is None and recipe.calibration.data == ON_POLICY:
+        assert author is not None  # who prunes has the model
+        progress.note(f"calibration: the model writes it, {writing_text(plan)}")
+        return written_windows(recipe, tokenizer, author, seq_len=plan.seq_len, device=plan.device)
     if texts is None:
         names = [text.data for text in calibration_texts(recipe)]
         if any(place_of(name) in ("preset", "hub") for name in names):

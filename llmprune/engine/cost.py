@@ -72,7 +72,10 @@ class Survey:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The cost of a run, as the plan prints it; `survey_seconds` is not part of `cut_seconds`."""
+    """The cost of a run, as the plan prints it; `survey_seconds` is not part of `cut_seconds`.
+
+    `overlaps` says whether there is room to read ahead and to write beside the next block.
+    """
 
     micro_batch: int
     statistics_bytes: int
@@ -92,6 +95,7 @@ class Estimate:
     num_candidates: int = 0
     gradient_bytes: int = 0
     gradient_place: Place = "host"
+    overlaps: bool = True
 
 
 def estimate(
@@ -170,11 +174,17 @@ def estimate(
     fixed += survey.held_bytes
     if place == "host" and fixed + hidden > host_budget:
         place = "disk"
-    host = max(fixed + (hidden if place == "host" else 0), gate)
+    cutting = fixed + (hidden if place == "host" else 0)
+    on_device = 0 if on_host else working + (hidden if place == "device" else 0)
+    # A shard waits in memory to be written; on an accelerator the next block waits on both sides.
+    beside, ahead = shape.largest_shard * (1 if on_host else 2), 0 if on_host else block
+    overlaps = cutting + beside <= host_budget and on_device + ahead <= device_budget
+    if overlaps:
+        cutting, on_device = cutting + beside, on_device + ahead
+    host = max(cutting, gate)
     spill: Place = "host" if host + saved < host_budget else "disk"
     tape = saved if spill == "host" else 0  # before hidden states of the cut are there
     host = max(host, base + (backward if on_host else 0) + tape)
-    on_device = 0 if on_host else working + (hidden if place == "device" else 0)
     _check("cpu", host, host_budget)
     if not on_host:
         _check(str(device), on_device, device_budget)
@@ -211,6 +221,7 @@ def estimate(
         num_candidates=sum(survey.rounds),
         gradient_bytes=saved,
         gradient_place=spill,
+        overlaps=overlaps,
     )
 
 

@@ -5,7 +5,6 @@ Legend: B sequences of a micro-batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
@@ -17,6 +16,7 @@ import torch
 
 from llmprune.base.memory import LARGE_PIECE, anonymous_bytes, return_freed
 from llmprune.base.progress import Progress
+from llmprune.base.timeline import Clock
 from llmprune.calibration.replay import call
 from llmprune.engine.plan import Plan
 from llmprune.engine.shipping import gone_of, is_gone
@@ -41,16 +41,19 @@ Learnt = Mapping[str, Stats]
 
 
 class Known(NamedTuple):
-    """What is known of a block before it is opened: masks of earlier prunings, gradients, and
-    (where a repair wants it) what reaches it in the dense model."""
+    """What is known of a block before it is opened: masks of earlier prunings, gradients, (where a
+    repair wants it) what reaches it in the dense model, and statistics of taps that were given."""
 
     masks: Prior
     learnt: Learnt
     dense: Stream | None = None
+    given: Learnt | None = None
 
 
 class Target(Blocks, Protocol):
     """Blocks that can be committed, and read back as they are stored."""
+
+    def expect(self, index: int) -> None: ...
 
     def stored(self, index: int) -> AbstractContextManager[Block]: ...
 
@@ -102,14 +105,19 @@ def cut(
         for index, record in enumerate(records):
             if record is None:
                 more = not all(done[index + 1 :])
-                known = Known(prior(index), gradients(index), dense)
-                record = _cut_block(plan, cutter, blocks, stream, keeper, index, known, more)
+                given = None if plan.given is None else plan.given.of_block(index, plan.device)
+                known = Known(prior(index), gradients(index), dense, given)
+                seconds = Clock(progress.timeline, index)
+                record = _cut_block(
+                    plan, cutter, blocks, stream, keeper, index, known, more, seconds
+                )
                 _report(record, progress)
             elif stream is not None and not all(done[index:]):
                 _pass_through(plan, blocks, stream, dense, index)
             found.append(record)
             stage.advance(
                 f"block {index}",
+                whole=done[index],
                 sparsity=record["sparsity"],
                 **({"error": record["error"]} if record["error"] is not None else {}),
                 memory=anonymous_bytes(),
@@ -138,24 +146,26 @@ def _cut_block(
     index: int,
     known: Known,
     more: bool,
+    seconds: Clock,
 ) -> dict[str, Any]:
     """Observe, decide and commit one block, then pass the hidden states through what is stored."""
-    seconds: dict[str, float] = {}
     first = None if stream is None else stream.hidden.get(0, blocks.device).clone()
     with blocks.open(index) as block:
+        if more:
+            blocks.expect(index + 1)
         for site in (site for group in plan.groups[index] for site in group.sites):
             for span in site.spans:
                 block.check_finite(span.linear)
         act = _decide if plan.method.repair is None else _repaired
         outcome, dense_output = act(plan, cutter, block, stream, known, seconds)
-        with _timed(seconds, "solve"):
+        with seconds.timed("solve"):
             outcome.carry(known.masks, block.prefix)
-        with _timed(seconds, "write"):
+        with seconds.timed("write"):
             redo = None if cutter.updates else partial(cutter.redo, outcome=outcome)
             shard = blocks.commit(block, outcome.touched, redo)
     peak = anonymous_bytes()
     error = None
-    with _timed(seconds, "advance"):
+    with seconds.timed("advance"):
         if stream is not None and dense_output is not None and first is not None:
             error = _advance(plan, blocks, stream, index, dense_output, first, more)
     removed = sum(int(str(row["removed_weights"])) for row in outcome.rows)
@@ -169,7 +179,8 @@ def _cut_block(
             "error": error,
             "sites": outcome.rows,
             **({"repair": outcome.facts} if outcome.facts else {}),
-            "seconds": seconds,
+            "spreads": outcome.spreads.to_dict(),
+            "seconds": dict(seconds),
             "memory": max(peak, anonymous_bytes()),
         },
     )
@@ -181,7 +192,7 @@ def _decide(
     block: Block,
     stream: Stream | None,
     known: Known,
-    seconds: dict[str, float],
+    seconds: Clock,
 ) -> tuple[Outcome, Tensor | None]:
     """Observe and cut the groups of a block, in as many rounds as their statistics need.
 
@@ -191,25 +202,26 @@ def _decide(
     outcome, learnt = Outcome(), known.learnt
     if plan.parts.regional:
         assert stream is not None
-        with _timed(seconds, "gradients"):
+        with seconds.timed("gradients"):
             learnt = {**learnt, **regional_squares(block, stream)}
     needed = plan.needs(block.index)
     room = plan.estimate.statistics_bytes
     whole = isinstance(plan.pattern, Units)  # a unit reads several taps
-    rounds = [needed] if whole else in_rounds(block.anatomy, needed, room)
+    at_once = whole or known.given is not None  # what was given is read tap by tap
+    rounds = [needed] if at_once else in_rounds(block.anatomy, needed, room)
     changed = block.holding() if len(rounds) > 1 else block
     seen: Seen | None = None
-    with _timed(seconds, "observe"):
+    with seconds.timed("observe"):
         routed = routing_of(plan, block, stream)
     gone = gone_of(plan.groups[block.index], plan.counts or {})
     for needs in rounds:
         seen = None  # statistics of one round at a time
-        with _timed(seconds, "observe"):
+        with seconds.timed("observe"):
             if stream is not None:
                 dense = plan.prune.propagate == "dense" and needs is rounds[-1]
                 seen = observe(block, stream, needs, dense=dense)
                 return_freed()
-        with _timed(seconds, "solve"):
+        with seconds.timed("solve"):
             for group in plan.groups[block.index]:
                 site = group.sites[0]
                 if is_gone(site, gone) and not (plan.counts or {})[site.name]:
@@ -218,7 +230,7 @@ def _decide(
                     cutter.cut(
                         group,
                         changed,
-                        beside(seen.stats if seen else {}, None, routed),
+                        known.given or beside(seen.stats if seen else {}, None, routed),
                         known.masks,
                         outcome,
                         learnt,
@@ -237,14 +249,14 @@ def _repaired(
     block: Block,
     stream: Stream | None,
     known: Known,
-    seconds: dict[str, float],
+    seconds: Clock,
 ) -> tuple[Outcome, Tensor | None]:
     """Cut a block and improve it in place; weights are rounded to what is stored at the end."""
     repair = REPAIRS[str(plan.method.repair)]
     assert stream is not None
     options = plan.options_of(repair.options)
     seed = plan.recipe.seed + block.index
-    with _timed(seconds, "repair"):
+    with seconds.timed("repair"):
         if known.dense is not None:
             advance(block, known.dense)
         seen = repair.watch(block, stream, options, seed)
@@ -276,7 +288,7 @@ def _repaired(
         reordered=partial(_follow_all, first.permuted),
         remask=partial(_remask, first, block),
     )
-    with _timed(seconds, "repair"):
+    with seconds.timed("repair"):
         facts = repair.fn(work)
         outcome = found[-1]
         outcome.facts.update(facts)
@@ -316,7 +328,7 @@ def _advance(
             pruned = call(stored.module, first_BTD, stream.arguments[0][index])
             check_activation(pruned, f"output of pruned block {index}")
             if plan.prune.propagate == "pruned" and more:
-                advance(stored, stream, known={0: pruned})
+                advance(stored, stream, known={0: pruned}, stored=True)
     difference = torch.linalg.vector_norm((pruned - dense_output).float())
     return float(difference / torch.linalg.vector_norm(dense_output.float()))
 
@@ -333,7 +345,7 @@ def _pass_through(
             advance(block, stream)
     elif not blocks.is_gone(index):
         with blocks.stored(index) as block:
-            advance(block, stream)
+            advance(block, stream, stored=True)
 
 
 def _report(record: Mapping[str, Any], progress: Progress) -> None:
@@ -369,16 +381,3 @@ def _warn_of(record: Mapping[str, Any], key: str, what: str, progress: Progress)
         first = f"{found[0]['site']}{', ...' if len(found) > 1 else ''}"
         why = what.format(why=found[0][key])
         progress.warn(f"block {record['block']}: {len(found)} linears ({first}) {why}.")
-
-
-class _timed:
-    """Add the seconds of a `with` body to a table."""
-
-    def __init__(self, table: dict[str, float], name: str) -> None:
-        self.table, self.name = table, name
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.table[self.name] = self.table.get(self.name, 0.0) + time.perf_counter() - self.start

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmprune import __version__
+from llmprune.base.timeline import Timeline
 from llmprune.calibration.windows import token_hash
 from llmprune.checkpoint.sink import copy_file, copy_side_files, hash_file, shard_name, write_json
 from llmprune.checkpoint.source import read_json
@@ -29,24 +29,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def open_target(opened: Opened, plan: Plan, partial: Path) -> Rewriting:
+def open_target(
+    opened: Opened, plan: Plan, partial: Path, timeline: Timeline | None = None
+) -> Rewriting:
     """Open the source for rewriting into the partial folder, with modules of the result's shape."""
     shipment = plan.shipment
     assert shipment is not None
-    return open_rewriting(opened.blocks, shipment.skeleton, partial, shipment.places)
+    return open_rewriting(
+        *(opened.blocks, shipment.skeleton, partial, shipment.places),
+        overlaps=plan.estimate.overlaps,
+        timeline=timeline,
+    )
 
 
 class FolderKeeper:
     """Keeps a block by writing its masks and, last, its record.
 
-    Waiting for the disk, hashing and the record go on in a thread while the next block is cut.
+    The blocks' thread does that, after it has written the shard, while the next block is cut.
     """
 
     def __init__(self, records: Records, blocks: Rewriting) -> None:
         self.records = records
         self.blocks = blocks
-        self._thread = ThreadPoolExecutor(1)
-        self._pending: Future[Any] | None = None
 
     def whole(self, index: int) -> dict[str, Any] | None:
         """Return the record of a whole block."""
@@ -55,10 +59,7 @@ class FolderKeeper:
     def keep(
         self, index: int, shard: Path | None, outcome: Outcome, content: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Write masks, and begin to write the record."""
-        self.flush()
-        name = shard_name(index, len(self.blocks))
-        masks = self.records.write_masks(name, self._renamed(index, outcome), outcome.kept_units)
+        """Begin to write masks and, when they and the shard are on the disk, the record."""
         params = {self.blocks.param_of(index, name) for name in outcome.touched}
         record = {
             "block": index,
@@ -66,8 +67,15 @@ class FolderKeeper:
             "touched": sorted(self.blocks.result.naming.disk_names_of(params)),
             "masks": {n: list(m.shape) for n, m in self._renamed(index, outcome).items()},
         }
-        files = [masks] if shard is None else [shard, masks]
-        self._pending = self._thread.submit(self.records.write, index, files, record)
+        masks, units = self._renamed(index, outcome), dict(outcome.kept_units)
+
+        def settle() -> None:
+            with self.blocks.timeline.span("hash and record", index):
+                name = shard_name(index, len(self.blocks))
+                path = self.records.write_masks(name, masks, units)
+                self.records.write(index, [path] if shard is None else [shard, path], record)
+
+        self.blocks.worker.begin(settle)
         return record
 
     def _renamed(self, index: int, outcome: Outcome) -> dict[str, PackedMask]:
@@ -80,9 +88,7 @@ class FolderKeeper:
 
     def flush(self) -> None:
         """Wait for the record of the last block; raise what went wrong with it."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        self.blocks.settle()
 
 
 def complete(
@@ -162,8 +168,8 @@ def prior_masks(opened: Opened) -> Callable[[int], Mapping[str, Tensor]]:
 FREE = ("out", "max_memory")  # where the result lies and what may be used decide no byte
 
 
-def what_fixes(opened: Opened, tokens: Tensor | None) -> dict[str, Any]:
-    """Return what fixes the bytes of a run, for its folder."""
+def what_fixes(opened: Opened, tokens: Tensor | None, *, world_size: int = 1) -> dict[str, Any]:
+    """Return what fixes the bytes of a run, for its folder; `world_size` are its processes."""
     import safetensors
     import transformers
 
@@ -172,6 +178,8 @@ def what_fixes(opened: Opened, tokens: Tensor | None) -> dict[str, Any]:
     asked: dict[str, Any] = {"steps": [{"prune": plan.prune.model_dump(mode="json")}]}
     if plan.forward:
         asked |= {key: wish[key] for key in ("calibration", "seed")}
+    elif plan.given is not None:
+        asked |= {"calibration": {"statistics": plan.given.hash}}
     elif plan.draws:
         asked |= {"seed": wish["seed"]}
     if plan.prune.target:  # the sparsity follows from the text that perplexity is measured on
@@ -182,6 +190,7 @@ def what_fixes(opened: Opened, tokens: Tensor | None) -> dict[str, Any]:
         "folder": str(opened.source.folder.resolve()),
         "revision": opened.source.revision,
         "fingerprint": opened.source.fingerprint(),
+        "last_change": opened.source.last_change(),
         "masks": MaskFiles(opened.source.folder).fingerprint(),
     }
     earlier = opened.source.folder / OWN / "run.json"
@@ -194,6 +203,7 @@ def what_fixes(opened: Opened, tokens: Tensor | None) -> dict[str, Any]:
         "origin": read_json(earlier).get("origin", source) if earlier.exists() else source,
         "unused": list(opened.blocks.unused),
         "tokens": None if tokens is None else token_hash(tokens),
+        **({"statistics": plan.given.hash} if plan.given is not None else {}),
         "micro_batch": plan.estimate.micro_batch,
         "place": plan.estimate.place,
         "threads": torch.get_num_threads(),
@@ -202,7 +212,7 @@ def what_fixes(opened: Opened, tokens: Tensor | None) -> dict[str, Any]:
         "dtype": plan.dtype_name,
         "attention": opened.blocks.model.config._attn_implementation,
         "experts": "eager",
-        "world_size": 1,
+        "world_size": world_size,
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,

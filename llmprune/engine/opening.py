@@ -18,6 +18,7 @@ from llmprune.checkpoint.skeleton import build_skeleton, read_config
 from llmprune.checkpoint.source import Source, read_json
 from llmprune.delivery.masks import OWN
 from llmprune.engine.budgets import Budget
+from llmprune.engine.collected import read_collected
 from llmprune.engine.gradients import check_backward
 from llmprune.engine.plan import Plan, make_plan
 from llmprune.engine.shapes import Anatomies
@@ -114,6 +115,10 @@ def open_plan(recipe: Recipe, *, budget: Budget | None = None) -> Opened:
     stored = storage_dtype(source)
     dtype = choose_dtype(recipe.dtype, stored, device)
     blocks = open_blocks(source, recipe, device, dtype)
+    folder = recipe.calibration.statistics
+    given = None if folder is None else read_collected(folder)
+    if given is not None:
+        given.check_model(source.fingerprint())
     plan = make_plan(
         recipe,
         anatomies_of(blocks),
@@ -130,12 +135,13 @@ def open_plan(recipe: Recipe, *, budget: Budget | None = None) -> Opened:
             if pattern is not None
         ),
         budget=budget,
+        given=given,
     )
     check_walk(blocks.model.config, blocks.family, trust_remote_code=recipe.trust_remote_code)
     if plan.parts.backward:
         config, trust = blocks.model.config, recipe.trust_remote_code
         check_backward(config, blocks.family, trust_remote_code=trust)
-    if not plan.forward:
+    if not plan.forward and given is None:
         blocks = replace(blocks, dtype=None)
     opened = Opened(source=source, blocks=blocks, plan=plan)
     return replace(opened, plan=with_shipment(opened, plan))
@@ -180,13 +186,37 @@ def check_walk(config: Any, family: Family, *, trust_remote_code: bool = False) 
     check_replay(small, blocks, SEQ_LEN, returns=family.returns)
 
 
+WIDTHS = ("hidden_size", "intermediate_size", "head_dim", "vocab_size")
+
+
+def check_sizes(config: Any, source: Source) -> None:
+    """Check before anything is built that a config asks for no more than its checkpoint can hold.
+
+    Raises:
+        CheckpointError: it asks for more blocks than there are tensors, or for a width above the
+            number of weights in the largest.
+    """
+    text = config.get_text_config()
+    most = max((entry.num_params for entry in source.entries.values()), default=0)
+    limits = {"num_hidden_layers": len(source.entries)} | dict.fromkeys(WIDTHS, most)
+    for key, limit in limits.items():
+        value = getattr(text, key, None)
+        if isinstance(value, int) and value > limit:
+            raise CheckpointError(
+                f"{source.folder / 'config.json'} says {key} {value}, and the weights of "
+                f"{source.name} hold at most {limit}: they are not of one model. Fetch both again."
+            )
+
+
 def open_blocks(
     source: Source, recipe: Recipe, device: torch.device, dtype: torch.dtype
 ) -> Streamed:
     """Open a source for walking."""
     trust = recipe.trust_remote_code
+    config = read_config(source.folder, trust_remote_code=trust)
+    check_sizes(config, source)
     skeleton = build_skeleton(
-        read_config(source.folder, trust_remote_code=trust),
+        config,
         dtype=dtype,
         attention=None if recipe.attention == "auto" else recipe.attention,
         trust_remote_code=trust,
@@ -214,10 +244,16 @@ def anatomies_of(blocks: Any) -> Anatomies:
     )
 
 
-def open_origin(source: Source, recipe: Recipe, dtype: torch.dtype | None) -> Streamed | None:
+def open_origin(
+    source: Source,
+    recipe: Recipe,
+    dtype: torch.dtype | None,
+    *,
+    device: torch.device | None = None,
+) -> Streamed | None:
     """Open the dense model that a result was made from, where it still lies and is what it was.
 
-    None for a source that llmprune did not write.
+    It is walked on the CPU where no device is given. None for a source that llmprune did not write.
     """
     record = source.folder / OWN / "run.json"
     origin = read_json(record).get("origin") or {} if record.exists() else {}
@@ -227,8 +263,7 @@ def open_origin(source: Source, recipe: Recipe, dtype: torch.dtype | None) -> St
     dense = open_source(name)
     if dense.fingerprint() != origin.get("fingerprint"):
         return None
-    cpu = torch.device("cpu")
-    return open_blocks(dense, recipe, cpu, dtype or storage_dtype(dense))
+    return open_blocks(dense, recipe, device or torch.device("cpu"), dtype or storage_dtype(dense))
 
 
 def read_tokenizer(source: Source, recipe: Recipe) -> Any:
@@ -240,10 +275,13 @@ def read_tokenizer(source: Source, recipe: Recipe) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        found = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=recipe.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        if not isinstance(found.model_max_length, int | float):
+            raise ValueError(f"model_max_length is {found.model_max_length!r}, not a number")
+        return found
+    except Exception as error:  # tokenizers raises bare exceptions
         first = first_line(error)
         raise CheckpointError(
             f"{source.name} has no usable tokenizer ({first}). Calibration text needs one: copy "

@@ -36,7 +36,8 @@ class Needs:
     learnt before the first cut, `inputs` that a block's inputs are needed though no statistic is,
     `dense` that the dense model is walked alongside, and `probes` that candidates are walked and
     compared with it. `whole` is learnt of the text for one choice in the whole model, by a walk of
-    its own where it `flows`, else without the model.
+    its own where it `flows`, else without the model. With `given` the statistics of taps were
+    collected before, and no text is read.
     """
 
     cut: tuple[str, ...] = ()
@@ -51,6 +52,7 @@ class Needs:
     probes: bool = False
     whole: tuple[str, ...] = ()
     flows: bool = True
+    given: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -61,7 +63,14 @@ class Needs:
     @property
     def cut_tokens(self) -> bool:
         """Tell whether tokens flow while blocks are cut."""
-        return bool(self.cut or self.regional or self.inputs or self.routing)
+        learnt = self.regional or self.inputs or self.routing
+        return bool(learnt or (self.cut and not self.given))
+
+    @property
+    def sums(self) -> bool:
+        """Tell whether all that is learnt while blocks are cut are sums over micro-batches, which
+        several processes can share. Repairs, regional gradients and routing are not."""
+        return not (self.regional or self.inputs or self.routing)
 
     @property
     def tokens(self) -> bool:

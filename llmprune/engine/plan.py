@@ -11,6 +11,7 @@ from llmprune.arch.couplings import EXPERT_CHANNELS, EXPERTS
 from llmprune.arch.limits import longest_sequence
 from llmprune.arch.types import Site
 from llmprune.base.errors import RecipeError
+from llmprune.base.world import num_processes
 from llmprune.catalog import Method
 from llmprune.engine.amounts import (
     allocate,
@@ -20,6 +21,7 @@ from llmprune.engine.amounts import (
     survey_cost,
 )
 from llmprune.engine.budgets import Budget, budget_of, cache_by_block, heads_shared
+from llmprune.engine.collected import Collected
 from llmprune.engine.cost import Estimate, Survey, estimate, measure_rate
 from llmprune.engine.pace import machine_of, time_budget
 from llmprune.engine.parts import (
@@ -79,7 +81,8 @@ class Plan:
     a survey, which `with_profiles` completes the plan by; `verdict` is what the survey's judgement
     of the allocation was, `target` how the sparsity was found, and `whole` what is left of units
     that run through all blocks. `budget` says what is to go at least, and `cache` what a token
-    leaves in every block's key/value cache, where that is known.
+    leaves in every block's key/value cache, where that is known. `given` are statistics of the
+    dense model that were collected before.
     """
 
     recipe: Recipe
@@ -113,6 +116,7 @@ class Plan:
     facts: Mapping[str, float] = field(default_factory=dict)
     shipment: Shipment | None = None
     whole: Whole | None = None
+    given: Collected | None = None
 
     @property
     def prune(self) -> PruneStep:
@@ -297,6 +301,12 @@ class Plan:
         return plan_html(self)
 
 
+def _at_once(recipe: Recipe, num_samples: int, most: int | None) -> int:
+    """Return the most sequences of a micro-batch: as asked, or such that all processes get some."""
+    wish = recipe.calibration.micro_batch or -(-num_samples // num_processes())
+    return min(wish, most or wish)
+
+
 def make_plan(
     recipe: Recipe,
     anatomies: Anatomies,
@@ -311,8 +321,10 @@ def make_plan(
     converted_params: int = 0,
     may_evaluate: bool = True,
     budget: Budget | None = None,
+    given: Collected | None = None,
 ) -> Plan:
-    """Decide a run; with a `budget` that was decided before, by that.
+    """Decide a run; with a `budget` that was decided before, by that. `given` are statistics in
+    place of text.
 
     Raises:
         RecipeError: the wish does not fit the model.
@@ -325,6 +337,14 @@ def make_plan(
     form = decide_form(step, pattern)
     searches = "ppl" in (step.target or {})
     parts = needs_of(method, allocation, searches=searches, pattern=pattern)
+    if given is not None:
+        given.check_serves(parts, propagate=step.propagate, method=method.name)
+        parts = replace(parts, given=True)
+    elif recipe.calibration.statistics is not None:
+        raise RecipeError(
+            "calibration.statistics: a model in memory is calibrated on text. Give the folder of "
+            "the model instead, or leave statistics out."
+        )
     cache = cache_by_block(anatomies)
 
     def settle(groups: Sequence[Sequence[Group]], eligible: int) -> Budget:
@@ -348,7 +368,7 @@ def make_plan(
     seq_len = sequence_length(recipe, config)
     forward = parts.walks
     shape = sizes_of(anatomies, config, stored_bytes, stored.itemsize)
-    itemsize = dtype.itemsize if forward else stored.itemsize
+    itemsize = dtype.itemsize if forward or parts.given else stored.itemsize
     wants = recipe.evaluate if may_evaluate else None
     windows = wants.num_windows if wants else 0
     cost = estimate(
@@ -365,7 +385,7 @@ def make_plan(
         rate=measure_rate(device, dtype),
         survey=found.survey,
         statistics_bytes=found.statistics_bytes,
-        most=sequences_at_most(method, parts, step.options),
+        most=_at_once(recipe, num_samples, sequences_at_most(method, parts, step.options)),
         streams=1 + parts.dense + parts.inputs,
         passes=repair_passes(method, step.options) + 3 * bool(parts.regional),
         workspace=SOLVERS[method.solver].workspace if method.solver in SOLVERS else (3, 3),
@@ -402,6 +422,7 @@ def make_plan(
         estimate=cost,
         notes=_notes(step, group, pattern, found.whole),
         whole=found.whole,
+        given=given,
     )
 
 

@@ -11,16 +11,28 @@ from llmprune.arch.couplings import EXPERT_CHANNELS
 from llmprune.base.markup import html_facts, html_folded, html_table
 from llmprune.base.progress import human_bytes, human_count, human_seconds
 from llmprune.base.text import columns, named_lines, ranges
-from llmprune.calibration.selection import calibration_texts, evaluation_data, name_of, place_of
+from llmprune.base.world import processes_here
+from llmprune.calibration.on_policy import AT_ONCE, CHATS, manner_of
+from llmprune.calibration.selection import (
+    CALIBRATION,
+    DEMO,
+    calibration_texts,
+    evaluation_data,
+    name_of,
+    place_of,
+)
 from llmprune.engine.cost import LIBRARIES
 from llmprune.engine.reckoning import sizes_of_result, target_notes, target_reached, target_text
 from llmprune.engine.target import ROUNDS, SPLITS
 from llmprune.engine.whole import TRUNK
 from llmprune.mask.pattern import Tiles, Units, Unstructured
+from llmprune.recipe.texts import ON_POLICY
 
 if TYPE_CHECKING:
+    from llmprune.engine.collected import Collected
     from llmprune.engine.plan import Plan
 
+BANDWIDTHS = {"cpu": 1e10, "mps": 1e11, "cuda": 1e12}  # bytes per second, by order of magnitude
 SITES = ("site", "blocks", "units", "removed", "share")
 SKIPPED = ("not pruned", "parameters", "of model", "why")
 
@@ -164,7 +176,12 @@ def _reads(plan: Plan) -> str:
         times, f"at most {times} times, all but one for the survey"
     )
     size = human_bytes(plan.estimate.read_bytes)
-    return f"the checkpoint {often} ({size}), and again for the proof"
+    beside = (
+        "blocks ahead, shards written beside the next block"
+        if plan.estimate.overlaps
+        else "nothing ahead: no room for a block more"
+    )
+    return f"the checkpoint {often} ({size}), and again for the proof; {beside}"
 
 
 def _time(plan: Plan) -> str:
@@ -175,9 +192,17 @@ def _time(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     host, device = plan.estimate.host_peak, plan.estimate.device_peak
-    return f"{human_bytes(host)} on the host, {human_bytes(LIBRARIES)} of them the libraries" + (
-        f"; {human_bytes(device)} on {plan.device}" if device else ""
+    return (
+        f"{human_bytes(host)} on the host, {human_bytes(LIBRARIES)} of them the libraries"
+        + (f"; {human_bytes(device)} on {plan.device}" if device else "")
+        + _times(plan)
     )
+
+
+def _times(plan: Plan) -> str:
+    """Return how often that is taken up where several processes run on this computer."""
+    here = processes_here()
+    return f"; as much again in each of {here} processes here" if here > 1 else ""
 
 
 def _disk(plan: Plan) -> str:
@@ -203,6 +228,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "sizes": sizes_of_result(plan),
         "notes": [*plan.notes, *target_notes(plan), *_idle(plan)],
         "calibration": name_of(calibration_texts(plan.recipe)) if plan.forward else None,
+        "statistics": plan.given.hash if plan.given is not None else None,
         "evaluation": evaluation_data(plan.recipe) if plan.eval_windows else None,
         "allocation": plan.allocation,
         "awaits_survey": bool(_awaited(plan)),
@@ -303,11 +329,46 @@ def _text(plan: Plan) -> str:
     if plan.forward:
         texts = calibration_texts(plan.recipe)
         hub = _hub([text.data for text in texts])
-        names.append(f"calibration on {name_of(texts)}{hub}")
+        name = writing_text(plan) if _is_written(plan) else name_of(texts) + hub
+        names.append(f"calibration on {name}")
+    if plan.given is not None:
+        names.append(_given(plan.given))
     if plan.eval_windows:
         data = evaluation_data(plan.recipe)
         names.append(f"perplexity on {data}{_hub([data])}")
     return ", ".join(names) or "none is read"
+
+
+def _given(given: Collected) -> str:
+    """Return which statistics stand in place of a text."""
+    texts = len(given.record["texts"])
+    return (
+        f"none for calibration: statistics {', '.join(given.record['statistics'])} of "
+        f"{given.num_tokens:,} tokens in {texts} text{'' if texts == 1 else 's'}, from "
+        f"{given.folder} ({given.hash[:12]})"
+    )
+
+
+def _is_written(plan: Plan) -> bool:
+    return plan.recipe.calibration.data == ON_POLICY
+
+
+def writing_text(plan: Plan) -> str:
+    """Return what the model is to write for itself, and roughly how long that takes."""
+    wish = plan.recipe.calibration
+    manner = manner_of(plan.recipe, chats=False)
+    prompts = manner.prompts
+    if wish.prompts is None and prompts != DEMO:
+        prompts = f"{CHATS} with a chat template, else {CALIBRATION}"
+    tokens = plan.num_samples * plan.seq_len
+    size = plan.num_params * plan.dtype.itemsize
+    reading = tokens / AT_ONCE * size / BANDWIDTHS.get(plan.device.type, 1e10)
+    seconds = max(plan.estimate.cut_seconds, reading)  # each new token reads all weights
+    return (
+        f"{ON_POLICY} text: {tokens:,} tokens, prompts ({prompts}) with up to "
+        f"{manner.max_new_tokens} new ones each at temperature {manner.temperature:g}, the model "
+        f"in memory whole ({human_bytes(size)}); roughly {human_seconds(seconds)}"
+    )
 
 
 def _hub(names: list[str]) -> str:
@@ -318,7 +379,8 @@ def _walks(plan: Plan) -> str:
     cost = plan.estimate
     if not plan.parts.walks:
         survey = f"{cost.num_reads - 1} to survey, then " if cost.num_reads > 1 else ""
-        return f"{survey}1 over the weights; no forward, no calibration"
+        learnt = "statistics are given" if plan.parts.given else "no calibration"
+        return f"{survey}1 over the weights; no forward, {learnt}"
     then = "passed" if plan.whole is None else "passed (and 1 over the weights)"
     return (
         f"1 forward, each block observed then {then}: "

@@ -12,12 +12,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.base.errors import CheckpointError, RecipeError
+from llmprune.base.errors import CheckpointError, RecipeError, first_line
 from llmprune.checkpoint.sink import hash_file, settle, write_failed, write_json, write_tensors
-from llmprune.checkpoint.source import read_json
+from llmprune.checkpoint.source import damaged, read_json
 from llmprune.mask.packed import PackedMask
 
 if TYPE_CHECKING:
@@ -118,14 +119,17 @@ class Records:
                 os.replace(self.out, aside)
             else:
                 raise CheckpointError(f"{self.out} appeared meanwhile and is not empty; rename it.")
+        _sweep(self.partial)
         os.replace(self.partial, self.out)
         settle(self.out.parent)
-        shutil.rmtree(aside, ignore_errors=True)
         self.tidy()
 
     def tidy(self) -> None:
-        """Remove from a published result what only a resumed run needs."""
+        """Remove what only a resumed run needs, and what a run that was killed left lying."""
         shutil.rmtree(self.out / OWN / "records", ignore_errors=True)
+        _sweep(self.out)
+        for aside in self.out.parent.glob(f".{escape(self.out.name)}.replaced-*"):
+            shutil.rmtree(aside, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove everything that the run wrote."""
@@ -165,6 +169,31 @@ class Records:
 
     def _record(self, index: int) -> Path:
         return self.own / "records" / f"{index + 1:05d}.json"
+
+
+def _sweep(folder: Path) -> None:
+    """Remove files that were still being written when a process was killed."""
+    for path in (*folder.glob(".*.tmp"), *(folder / OWN).glob(".*.tmp")):
+        path.unlink(missing_ok=True)
+
+
+def check_files(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Check that the files of a result are what was written; all of them are read.
+
+    Raises:
+        CheckpointError: one is missing, cannot be read, or has other bytes.
+    """
+    for name, digest in hashes.items():
+        try:
+            same = hash_file(folder / name) == digest
+        except OSError as error:
+            raise damaged(folder / name, first_line(error)) from error
+        if not same:
+            raise CheckpointError(
+                f"{folder / name} is not what was written there: its checksum differs from the one "
+                "in the report, so the file was damaged or changed since. Make the result again "
+                "with --overwrite."
+            )
 
 
 def check_out(out: Path, source: Path | None, *, overwrite: bool) -> None:
@@ -214,7 +243,26 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], holder: str) 
             f"out: {holder} of a run that differs in\n  "
             + "\n  ".join(differing)
             + "\nUse the same settings, choose another --out, or replace it with --overwrite."
+            + _upgrade_remedy(before, after)
         )
+
+
+LIBRARIES = "versions."
+
+
+def _upgrade_remedy(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Return what to install to go on where libraries were upgraded meanwhile."""
+    wanted = [
+        f"{key.removeprefix(LIBRARIES)}=={before[key]}"
+        for key in sorted(before.keys() & after.keys())
+        if key.startswith((LIBRARIES, "llmprune")) and before[key] != after[key]
+    ]
+    if not wanted:
+        return ""
+    return (
+        "\nOther versions of libraries may write other bytes, so a run is finished by those that "
+        f"began it: pip install {' '.join(wanted)}"
+    )
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,8 +5,9 @@ Legend: O outputs, I inputs, C columns asked for, U units.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from llmprune.arch.experts import experts_of
 from llmprune.arch.types import Coupling, Site
 from llmprune.catalog import Method
 from llmprune.engine.sites import Group
+from llmprune.engine.spreads import Spreads
 from llmprune.engine.units import (
     choose_units,
     columns_kept,
@@ -52,6 +54,7 @@ EMPTY = Stats(num_tokens=0, values={})
 Order = tuple[Coupling, "Tensor"]
 """A coupling, and which of its units comes where: order_U."""
 _OfLinear = TypeVar("_OfLinear", "Tensor", Stats)
+JUDGED = 16  # questions of an adaptive choice that are counted for the report, at least
 BLOCK_COLUMNS = 128  # judged together by a score that adapts, where the pattern does not say
 
 
@@ -61,7 +64,8 @@ class Outcome:
 
     Where whole units go, `cut_out` are couplings with the units kept, `unit_masks` (by linear,
     relative to the block) what they leave, and `cleared` the linears of halves that go. Linears of
-    experts are `numbered` anew where some of these went.
+    experts are `numbered` anew where some of these went. `spreads` says how scores and activations
+    are spread.
     """
 
     rows: list[dict[str, object]] = field(default_factory=list)
@@ -74,6 +78,7 @@ class Outcome:
     touched: set[str] = field(default_factory=set)
     facts: dict[str, Fact] = field(default_factory=dict)
     numbered: set[str] = field(default_factory=set)
+    spreads: Spreads = field(default_factory=Spreads)
 
     def keep(self, linear: str, keep_OI: Tensor) -> None:
         """Keep the mask of a linear, packed: eight masks of a block take the room of one."""
@@ -145,6 +150,9 @@ class Cutter:
             self._cut_weights(group, block, stats, prior, outcome, learnt or {})
         else:
             self._cut_units(group, block, seen, outcome, learnt or {})
+        stats = with_diagonal(seen.get(group.tap, EMPTY))
+        if "col_sq" in stats.values:
+            outcome.spreads.observe(group.tap, stats["col_sq"], stats.num_tokens)
 
     def finish(self, block: Block, outcome: Outcome, prior: Mapping[str, Tensor]) -> None:
         """Cut out, or set to zero, the units that go of a block once all its groups are decided."""
@@ -227,8 +235,9 @@ class Cutter:
         stages: dict[str, dict[str, float]] = {site.name: {} for site in group.sites}
         for site in group.sites:
             known = join(stats, learnt.get(site.spans[0].linear))
+            judge = partial(outcome.spreads.judge, site.spans[0].linear)
             chooses[site.name] = self._choose(
-                site, parts, weights[site.name], known, prior.get(site.name)
+                site, parts, weights[site.name], known, prior.get(site.name), judge
             )
         if parts.refine is not None:
             for name in prior.keys() & weights.keys():  # a repair may have moved zeros
@@ -282,12 +291,21 @@ class Cutter:
         return own
 
     def _choose(
-        self, site: Site, parts: Parts, weight_OI: Tensor, stats: Stats, prior_OI: Tensor | None
+        self,
+        site: Site,
+        parts: Parts,
+        weight_OI: Tensor,
+        stats: Stats,
+        prior_OI: Tensor | None,
+        judge: Callable[..., None],
     ) -> Choose:
-        """Return how a linear's mask is chosen: at once, or column by column as a solver asks."""
+        """Return how a linear's mask is chosen: at once, or column by column as a solver asks.
+
+        `judge` counts the scores of what is kept and of what goes.
+        """
         assert not isinstance(self.pattern, Units)
         if SCORES[parts.score].adaptive:
-            return self._adaptive(site, parts.score, prior_OI)
+            return self._adaptive(site, parts.score, prior_OI, judge)
         score_OI = self._scores(parts.score, weight_OI, stats, site.name)
         if prior_OI is not None:
             score_OI.masked_fill_(~prior_OI.to(score_OI.device), -torch.inf)
@@ -295,9 +313,12 @@ class Cutter:
         keep_OI = choose_keep(self.pattern, score_OI, count, parts.group, self.method.pool)
         if prior_OI is not None:
             keep_OI &= prior_OI.to(keep_OI.device)
+        judge(score_OI, keep_OI)
         return decided(keep_OI)
 
-    def _adaptive(self, site: Site, score: str, prior_OI: Tensor | None) -> Choose:
+    def _adaptive(
+        self, site: Site, score: str, prior_OI: Tensor | None, judge: Callable[..., None]
+    ) -> Choose:
         """Return a choice for the columns asked for, such that the linear's total is its count.
 
         Where an earlier pruning took more of some columns than their part, the others lose less.
@@ -305,7 +326,7 @@ class Cutter:
         pattern, total = self.pattern, self.counts[site.name]
         assert site.shape is not None and not isinstance(pattern, Units)
         height, width = site.shape
-        removed = [0]
+        removed, step = [0], self._columns()
 
         def choose(weight_OC: Tensor, cols: slice, curvature_C: Tensor | None) -> Tensor:
             assert curvature_C is not None
@@ -328,9 +349,14 @@ class Cutter:
                 count = min(max(due - removed[0], earlier), num_units)
             removed[0] += count
             keep_OC = choose_keep(pattern, score_OC, count, self.group, self.method.pool)
-            return keep_OC if prior_OI is None else keep_OC & kept_OC
+            if prior_OI is not None:
+                keep_OC &= kept_OC
+            among = max(1, width // (JUDGED * step))
+            if cols.start // step % among == 0:  # some questions show how scores are spread
+                judge(score_OC, keep_OC, first=cols.start == 0)
+            return keep_OC
 
-        return Choose(fn=choose, adaptive=True, columns=self._columns())
+        return Choose(fn=choose, adaptive=True, columns=step)
 
     def _columns(self) -> int:
         """Return how many columns a score that adapts judges together."""
@@ -438,6 +464,8 @@ class Cutter:
                 draw=lambda linear: seed_of(self.seed, block.prefix + linear),
             )
             keep_U = choose_units(unit_score_U, count, site.num_groups).cpu()
+            name = site.name.removeprefix(block.prefix)
+            outcome.spreads.judge(name, unit_score_U[:, None].cpu(), keep_U[:, None])
             if method.solver in COMPENSATIONS:
                 columns = block.anatomy.linears[str(group.coupling.reader)].shape[1]
                 keep_I = columns_kept(group.coupling, keep_U, columns)

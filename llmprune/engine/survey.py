@@ -61,6 +61,7 @@ class Surroundings:
     progress: Progress
     tokens_NT: Tensor | None = None
     embed: Callable[[Tensor], Stream] | None = None
+    share: Callable[[Tensor], Stream] | None = None
     prior: Callable[[int], Prior] = lambda index: {}
     gradients: Callable[[int], Learnt] = lambda index: {}
     folder: Path | None = None
@@ -75,6 +76,10 @@ class Surroundings:
         """Return hidden states of all sequences, or of those that are learnt from."""
         assert self.tokens_NT is not None and self.embed is not None
         return self.embed(self.parts.learn_NT if apart else self.tokens_NT)
+
+    def shared(self, *, apart: bool = False) -> Stream:
+        """Return the same, shared among the processes of the run: for what is observed alone."""
+        return replace(self, embed=self.share or self.embed).stream(apart=apart)
 
 
 class Parts(NamedTuple):
@@ -287,7 +292,7 @@ def _visit(
     A block whose statistics do not fit at once is yielded in parts, unless it is looked at whole.
     """
     row = ALLOCATIONS[plan.allocation]
-    stream = around.stream(apart=row.judged or "probe" in row.needs) if needs else None
+    stream = around.shared(apart=row.judged or "probe" in row.needs) if needs else None
     blocks, room = around.blocks, plan.estimate.statistics_bytes
     profile = ALLOCATIONS[plan.allocation].profile
     if profile is not None and profile.level == "block":

@@ -41,7 +41,8 @@ def unit_profiles(plan: Plan, around: Surroundings) -> Found:
     statistics: dict[int, dict[str, Stats]] = {}
     if profile is None and not plan.probe_needs:
         return profiles, statistics
-    stream = around.stream(apart="probe" in ALLOCATIONS[plan.allocation].needs)
+    embed = around.stream if plan.parts.routing else around.shared
+    stream = embed(apart="probe" in ALLOCATIONS[plan.allocation].needs)
     with around.progress.stage("survey", len(plan.groups)) as stage:
         for index, groups in enumerate(plan.groups):
             with around.blocks.open(index) as block:

@@ -91,7 +91,8 @@ class Evaluation:
         return "\n".join(lines)
 
     def _computed(self, role: str) -> str:
-        return str(self.settings["computed"][role])
+        again = role in self.settings.get("measured before", ())
+        return f"{self.settings['computed'][role]}{', measured before' if again else ''}"
 
     def __repr__(self) -> str:
         return f"{self.table()}\n\n{self.protocol()}"

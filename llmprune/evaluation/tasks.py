@@ -14,7 +14,9 @@ from typing import Any
 
 from llmprune.base.errors import RecipeError, UnknownName, first_line
 
-OFFLINE = "eval/tasks/demo_cloze.yaml"  # in the repository; its text is the demo's
+OWN = Path(__file__).parents[1] / "demo" / "tasks"  # as they are installed
+CHECKOUT = Path(__file__).parents[2] / "eval" / "tasks"  # where they are written
+OFFLINE = ("demo_cloze", "demo_sentences", "demo_last_word")  # of the demo's text; no download
 PARTS = ("tasks", "groups", "group_map")  # of what lm_eval makes of task names
 
 
@@ -23,17 +25,19 @@ def open_tasks(
 ) -> dict[str, Any]:
     """Return lm_eval's tasks for names, globs of names and YAML files, with their data read.
 
-    Data files that a YAML names by a relative path are looked for beside it, then in the working
-    directory. The 14,000 tasks that lm_eval brings are only searched (some 10 s) where a name is
-    not in `include_path`. `num_fewshot` does not change tasks whose own is fixed at 0.
+    The tasks that llmprune brings (`OFFLINE`) are known by name. Data files that a YAML names by a
+    relative path are looked for beside it, then in the working directory. The 14,000 tasks that
+    lm_eval brings are only searched (some 10 s) where a name is not in `include_path`.
+    `num_fewshot` does not change tasks whose own is fixed at 0.
 
     Raises:
         UnknownName: no task is called so; has the near match.
         RecipeError: a file or folder is not there, or a task's data cannot be read.
     """
     folder = _include(include_path)
+    wanted = [_brought(name) if folder is None else name for name in wanted]
     if not wanted:
-        raise RecipeError(f"tasks: none. Name one or more, as in --tasks {OFFLINE}.")
+        raise RecipeError(f"tasks: none. Name one or more, as in --tasks {OFFLINE[0]}.")
     with hushed():
         manager = _manager(wanted, folder)
         loaded: dict[str, Any] = {part: {} for part in PARTS}
@@ -79,6 +83,14 @@ def _include(include_path: str | Path | None) -> Path | None:
     return folder
 
 
+def _brought(name: str) -> str:
+    """Return the file of a task that llmprune brings, and other names as they are."""
+    for home in (OWN, CHECKOUT):
+        if name in OFFLINE and (home / f"{name}.yaml").is_file():
+            return str(home / f"{name}.yaml")
+    return name
+
+
 def _is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
@@ -118,7 +130,7 @@ def _specs(name: str, manager: Any) -> list[tuple[str, Path | None]]:
         return [(str(path), path.parent)]
     found = manager.match_tasks([name])
     if not found:
-        near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+        near = difflib.get_close_matches(name, [*manager.all_tasks, *OFFLINE], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UnknownName(
             f"tasks: {name!r} is no task of lm-eval.{hint} `lm-eval ls tasks` lists them; your own "
@@ -148,7 +160,7 @@ def _load(manager: Any, spec: str, home: Path | None) -> dict[str, Any]:
         raise RecipeError(
             f"tasks: {spec} or its data cannot be read ({type(error).__name__}: {first}). Data on "
             "the Hub need a connection, or the local cache of an earlier one. Without, try "
-            f"--tasks {OFFLINE} of the repository."
+            f"--tasks {','.join(OFFLINE)}, which llmprune brings."
         ) from error
     return found
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
-from llmprune.base.errors import RecipeError
+from llmprune.base.errors import RecipeError, first_line
 
+MOST_OPEN = 100  # more take the parser minutes, and no recipe nests so deeply
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _INT_TEXT = re.compile(r"[-+]?(0|[1-9][\d_]*)$")
 _FLOAT_TEXT = re.compile(
@@ -24,8 +25,17 @@ def load(text: str) -> Any:
     >>> load("{pattern: 2:4, damping: 1e-3}")
     {'pattern': '2:4', 'damping': 0.001}
     """
+    if max(text.count("[") - text.count("]"), text.count("{") - text.count("}")) > MOST_OPEN:
+        raise RecipeError(f": more than {MOST_OPEN} brackets are opened and not closed.")
     try:
         return yaml.load(text, Loader=_Loader)
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # dates, odd keys, depth
+        raise RecipeError(f": {first_line(error)}.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

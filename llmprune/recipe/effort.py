@@ -38,13 +38,20 @@ def stages(effort: str, pattern: str, sparsity: float | None) -> dict[str, Any]:
     return found | ({"repair": "block"} if effort == "best" else {})
 
 
-def usual_method(pattern: str) -> str:
-    """Return the method that is meant where none is given: Wanda, where it has a rule.
+def usual_parts(pattern: str, target: Any = None) -> dict[str, Any]:
+    """Return what is meant where no method is given: Wanda; of units, what suits their kind.
 
-    >>> usual_method("2:4"), usual_method("heads"), usual_method("blocks")
-    ('wanda', 'wanda', 'finercut')
+    A latency is met by sizes that are known before anything is read, so shares are then equal.
+
+    >>> usual_parts("2:4"), usual_parts("heads"), usual_parts("blocks")
+    ({'method': 'wanda'}, {'method': 'compact'}, {'method': 'finercut'})
+    >>> usual_parts("heads", {"latency": "0.7x"})
+    {'method': 'compact', 'allocation': 'uniform'}
     """
-    return str(stages("fast", pattern, None)["method"])
+    units = pattern != "unstructured" and not pattern[:1].isdigit()
+    found = {"method": stages("good" if units else "fast", pattern, None)["method"]}
+    timed = isinstance(target, Mapping) and "latency" in target
+    return found | ({"allocation": "uniform"} if timed and found["method"] == "compact" else {})
 
 
 def _method_of_units(effort: str, kinds: list[str]) -> str:

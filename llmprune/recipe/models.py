@@ -13,20 +13,34 @@ from pydantic import Field, field_validator, model_validator
 
 from llmprune.recipe.dialect import dump
 from llmprune.recipe.pruning import PruneStep
-from llmprune.recipe.texts import Calibration, Part
+from llmprune.recipe.publication import PushStep
+from llmprune.recipe.texts import ON_POLICY, Calibration, Part
 from llmprune.recipe.training import RecoverStep
 
 _SIZE = re.compile(r"\d+(\.\d+)?[KMG]i?B", re.IGNORECASE)
 
 
 class EvaluateStep(Part):
-    """Measure the result; ``perplexity: auto`` leaves out what the model cannot do."""
+    """Measure the result; ``perplexity: auto`` leaves out what the model cannot do.
+
+    Dense and pruned model go on from each of ``prompts`` with ``new_tokens`` tokens, for the page
+    of the report; by default a few short ones, unless ``perplexity: false``.
+    """
 
     perplexity: Literal["auto"] | bool = "auto"
     data: str = Field(default="auto", min_length=1)
     num_windows: int = Field(default=16, ge=1)
     stride: int | None = Field(default=None, ge=1)
     bos: Literal["auto"] | bool = False
+    prompts: tuple[str, ...] | None = None
+    new_tokens: int = Field(default=32, ge=1, le=1024)
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts_say_something(cls, prompts: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if prompts is not None and not all(prompt.strip() for prompt in prompts):
+            raise ValueError("an empty prompt gives a model nothing to go on from. Leave it out.")
+        return prompts
 
     @field_validator("perplexity", "bos", mode="before")
     @classmethod
@@ -40,6 +54,7 @@ KINDS: dict[str, type[Part]] = {
     "prune": PruneStep,
     "recover": RecoverStep,
     "evaluate": EvaluateStep,
+    "push": PushStep,
 }
 
 
@@ -53,6 +68,7 @@ class Step(Part):
     prune: PruneStep | None = None
     recover: RecoverStep | None = None
     evaluate: EvaluateStep | None = None
+    push: PushStep | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -80,7 +96,7 @@ class Step(Part):
     @property
     def writes(self) -> bool:
         """Tell whether the step makes another model."""
-        return self.evaluate is None
+        return self.evaluate is None and self.push is None
 
 
 class Recipe(Part):
@@ -129,12 +145,30 @@ class Recipe(Part):
         if not any(step.writes for step in steps):
             raise ValueError("no step prunes. Add `- prune: {sparsity: 0.5}`.")
         for index, step in enumerate(steps):
-            if not step.writes and (index == 0 or not steps[index - 1].writes):
+            if step.push is not None and index + 1 < len(steps):
+                raise ValueError(
+                    f"step {index} pushes, and something comes after it. Put `- push: {{...}}` "
+                    "last: what is pushed is the recipe's result."
+                )
+            if step.evaluate is not None and (index == 0 or not steps[index - 1].writes):
                 raise ValueError(
                     f"step {index} evaluates, and one step may after each that prunes or recovers. "
                     "Measure anything else with `llmprune eval`."
                 )
         return steps
+
+    @model_validator(mode="after")
+    def _a_training_has_text_that_is_there(self) -> Self:
+        if self.calibration.data != ON_POLICY:
+            return self
+        for index, step in enumerate(self.steps):
+            if step.recover is not None and step.recover.data == "auto":
+                raise ValueError(
+                    f"step {index} trains on the calibration text, which here is {ON_POLICY}: "
+                    "written for a pruning alone. Give that step text of its own, such as "
+                    "`- recover: {data: c4}`."
+                )
+        return self
 
     @classmethod
     def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -151,12 +185,18 @@ class Recipe(Part):
 
         Each but the first is of the model that the one before it writes.
         """
-        starts = [index for index, step in enumerate(self.steps) if step.writes]
-        ends = [*starts[1:], len(self.steps)]
+        steps = self.without_push().steps
+        starts = [index for index, step in enumerate(steps) if step.writes]
+        ends = [*starts[1:], len(steps)]
         return tuple(
-            self.model_copy(update={"steps": self.steps[start:end]})
+            self.model_copy(update={"steps": steps[start:end]})
             for start, end in zip(starts, ends, strict=True)
         )
+
+    def without_push(self) -> Recipe:
+        """Return the recipe of the result alone, wherever that goes afterwards."""
+        kept = tuple(step for step in self.steps if step.push is None)
+        return self if kept == self.steps else self.model_copy(update={"steps": kept})
 
     @property
     def prune(self) -> PruneStep:
@@ -172,6 +212,11 @@ class Recipe(Part):
     def evaluate(self) -> EvaluateStep | None:
         """The step that evaluates, if there is one."""
         return next((step.evaluate for step in self.steps if step.evaluate is not None), None)
+
+    @property
+    def push(self) -> PushStep | None:
+        """The step that pushes, if there is one."""
+        return next((step.push for step in self.steps if step.push is not None), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, defaults included, from which ``build`` makes an equal recipe."""

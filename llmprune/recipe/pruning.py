@@ -12,7 +12,7 @@ from llmprune.base.errors import UnknownName
 from llmprune.base.registry import near_match
 from llmprune.catalog import METHODS
 from llmprune.catalog.types import UNITS
-from llmprune.recipe.effort import beside, usual_method
+from llmprune.recipe.effort import beside, usual_parts
 from llmprune.recipe.targets import TARGETS, amount_of
 from llmprune.recipe.texts import Part
 
@@ -68,8 +68,8 @@ class PruneStep(Part):
             return step
         if step.get("effort") is not None:
             step = {**beside(step), **step}
-        elif isinstance(pattern := step.get("pattern"), str):
-            step = {"method": usual_method(pattern), **step}
+        elif isinstance(pattern := step.get("pattern"), str) and "method" not in step:
+            step = {**usual_parts(pattern, step.get("target")), **step}
         method = METHODS.get(step.get("method", "wanda"))
         if method is not None:
             step = {"pattern": method.pattern, "propagate": method.propagate, **step}

@@ -16,6 +16,8 @@ from pydantic import (
 
 NAME, MIX = "<name>", "<mix>"  # the two forms of calibration.data, for pydantic's error paths
 PARTS = ("split", "config", "revision", "column")
+ON_POLICY = "on-policy"  # text that the model writes itself
+WRITING = ("prompts", "temperature", "top_p", "max_new_tokens")  # how it does
 
 
 class Part(BaseModel):
@@ -78,8 +80,33 @@ class Texts(Part):
 
 
 class Calibration(Texts):
-    """The text that statistics are learnt from, and how it is cut into windows of tokens."""
+    """The text that statistics are learnt from, and how it is cut into windows of tokens.
+
+    `micro_batch` is how many windows go through a block at once: as many as fit, and no more than
+    that. Runs with the same one sum in the same order, whatever the number of processes.
+
+    `statistics` is a folder that ``llmprune stats`` wrote, in place of any text.
+
+    With ``data`` on-policy the model writes it: `prompts` is a file, preset or data set to begin
+    from, `temperature` and `top_p` say how tokens are drawn, at most `max_new_tokens` after each.
+    """
 
     num_samples: int = Field(default=128, ge=1)
     seq_len: int | None = Field(default=None, ge=2)
     bos: bool = False
+    micro_batch: int | None = Field(default=None, ge=1)
+    statistics: str | None = Field(default=None, min_length=1)
+    prompts: str | None = Field(default=None, min_length=1)
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_new_tokens: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _a_manner_of_writing_needs_a_writer(self) -> Self:
+        given = [name for name in WRITING if getattr(self, name) is not None]
+        if given and self.data != ON_POLICY:
+            raise ValueError(
+                f"'{given[0]}' is of text that the model writes itself, and '{self.data}' is text "
+                f"that is there. Type calibration.data={ON_POLICY} beside it, or leave it out."
+            )
+        return self

@@ -22,8 +22,9 @@ class RecoverStep(Texts):
     change more the higher ranks, the same in all. With ``masks: zeros`` what is zero counts as
     removed: for models that others pruned.
     ``distill`` draws the model towards the dense one it was made from, by its ``distill_top`` most
-    likely tokens. The teacher's share of the loss is ``distill_weight``; without one it follows
-    from ``data_fraction``, the share that the text is of what the dense model was trained on.
+    likely tokens; auto does so (by kl) where that model is still there, and none leaves it. The
+    teacher's share of the loss is ``distill_weight``; without one it follows from
+    ``data_fraction``, the share that the text is of what the dense model was trained on.
 
     ``prune`` removes weights while all are trained, by ``schedule`` over a ``window`` of the run,
     every so many steps. ``regrow`` exchanges weights meanwhile, ``soft`` lets masks be soft, and
@@ -56,7 +57,7 @@ class RecoverStep(Texts):
     evaluate_every: int | None = Field(default=None, ge=1)
     save_every: int | None = Field(default=None, ge=1)
     keep_adapter: bool = False
-    distill: str | None = None
+    distill: str | None = "auto"
     distill_weight: float | None = Field(default=None, gt=0, le=1)
     distill_top: int = Field(default=64, ge=1)
     data_fraction: float = Field(default=0.0, ge=0, le=1)

@@ -121,7 +121,7 @@ def train(
             history.tokens += tokens
             history.seconds += time.perf_counter() - began
             done = step + 1
-            told = {}
+            told: dict[str, Any] = {}
             if done % course.evaluate_every == 0 or done == course.steps:
                 history.held.append((done, run.held_loss()))
                 told["held_out"] = history.held[-1][1]

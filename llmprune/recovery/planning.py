@@ -11,6 +11,7 @@ import torch
 
 from llmprune.arch.limits import longest_sequence
 from llmprune.base.errors import CheckpointError, RecipeError
+from llmprune.base.markup import html_facts
 from llmprune.base.progress import human_bytes, human_count
 from llmprune.base.text import named_lines
 from llmprune.checkpoint.locate import open_source
@@ -25,6 +26,7 @@ from llmprune.recovery.refusals import check_fade, check_pattern, check_units
 from llmprune.recovery.regrowth import REGROWTHS
 from llmprune.recovery.schedules import SCHEDULES
 from llmprune.recovery.soft import SOFT_MASKS
+from llmprune.recovery.taught import decide_teacher
 from llmprune.recovery.types import Recovery
 from llmprune.recovery.unit_counts import final_counts
 from llmprune.walk.streamed import Streamed
@@ -38,10 +40,11 @@ MASKED, SHRUNK, DENSE = "masked", "shrunk", "dense"
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverPlan:
-    """A recovery that was decided; `str(plan)` is the table of --dry-run."""
+    """A recovery that was decided; `str(plan)` is the table of --dry-run, in notebooks as HTML."""
 
     recipe: Recipe
     wish: RecoverStep
+    untaught: str
     name: str
     row: Recovery
     source: Source
@@ -77,6 +80,7 @@ class RecoverPlan:
             "rank": self.rank if self.row.adapter else None,
             "alpha": self.alpha if self.row.adapter else None,
             "norms": self.norms,
+            "distill": self.wish.distill,
             "trained": self.num_trained,
             "parameters": self.num_params,
             "tokens": self.num_tokens,
@@ -84,6 +88,12 @@ class RecoverPlan:
             "checkpointing": self.checkpointing,
             **vars(self.course),
         }
+
+    def _teacher(self) -> str:
+        """Return whether the dense model teaches; empty where that was not asked."""
+        if self.wish.distill:
+            return f"the dense model, by {self.wish.distill}"
+        return f"none: {self.untaught}" if self.untaught else ""
 
     def _removal(self) -> str:
         """Return what is removed meanwhile, and when; empty where masks stay."""
@@ -95,6 +105,13 @@ class RecoverPlan:
         return f"{prune.sparsity:g} by {prune.method}, {prune.pattern}, {wish.schedule}{more}"
 
     def __str__(self) -> str:
+        return named_lines(self._lines())
+
+    def _repr_html_(self) -> str:
+        return html_facts(self._lines(), caption="Plan")
+
+    def _lines(self) -> list[tuple[str, str]]:
+        """Return names and what was decided of each."""
         course, share = self.course, self.num_trained / self.num_params
         adapter = f", rank {self.rank}, alpha {self.alpha:g}" if self.row.adapter else ""
         lines = [
@@ -111,12 +128,13 @@ class RecoverPlan:
                 f"({human_count(self.num_tokens)} in all), {course.micro_batch} sequences at "
                 f"once, rate {course.learning_rate:g}, {course.decay}",
             ),
+            ("teacher", self._teacher()),
             ("removes", self._removal()),
             ("memory", f"about {human_bytes(self.memory)}"),
             ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
             ("writes", str(self.out)),
         ]
-        return named_lines([line for line in lines if line[1]])
+        return [line for line in lines if line[1]]
 
 
 def open_recovery(recipe: Recipe, *, num_processes: int = 1) -> RecoverPlan:
@@ -152,12 +170,19 @@ def open_recovery(recipe: Recipe, *, num_processes: int = 1) -> RecoverPlan:
     norms = "norms" in row.trains if norms is None else norms
     dtype = _dtype(recipe, row, stored, device)
     course = replace(_course(wish, row, seq_len, num_processes), half=dtype == torch.bfloat16)
+    wish, untaught = decide_teacher(
+        *(wish, source, recipe, blocks),
+        pruned=form != DENSE,
+        out=out,
+        num_tokens=course.steps * course.batch * seq_len,
+    )
     trained = _num_trained(blocks, row, rank, norms)
     num_params = sum(entry.num_params for entry in source.entries.values())
     hidden, checkpointing = _activations(blocks, course, seq_len, wish, num_params)
     return RecoverPlan(
         recipe=recipe,
         wish=wish,
+        untaught=untaught,
         name=name,
         row=row,
         source=source,
@@ -390,6 +415,7 @@ def fixes(plan: RecoverPlan, tokens: str, world_size: int) -> Mapping[str, Any]:
         "folder": str(plan.source.folder.resolve()),
         "revision": plan.source.revision,
         "fingerprint": plan.source.fingerprint(),
+        "last_change": plan.source.last_change(),
         "masks": MaskFiles(plan.source.folder).fingerprint(),
     }
     before = read_json(earlier) if earlier.exists() else {}

@@ -14,7 +14,7 @@ from llmprune.base.errors import CheckpointError, RecipeError
 from llmprune.base.progress import Progress
 from llmprune.checkpoint.source import read_json
 from llmprune.delivery.masks import OWN
-from llmprune.engine.opening import anatomies_of, open_origin
+from llmprune.engine.opening import anatomies_of
 from llmprune.engine.shapes import what_stays
 from llmprune.recovery.attaching import Trainee, attach
 from llmprune.recovery.bank import Bank, bank_of_zeros, stored_bank
@@ -23,7 +23,8 @@ from llmprune.recovery.examples import Examples
 from llmprune.recovery.objective import Objective, kinds_of
 from llmprune.recovery.planning import MASKED, RecoverPlan
 from llmprune.recovery.ranks import importance_of_angles, ranks_by_importance
-from llmprune.recovery.teacher import Outputs, fill_cache, open_cache
+from llmprune.recovery.taught import open_teacher, outputs_of
+from llmprune.recovery.teacher import fill_cache, open_cache
 from llmprune.walk.resident import Resident, in_memory
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def fill_teacher(plan: RecoverPlan, examples: Examples, folder: Path, progress: 
     """
     dense = _dense(plan)
     fill_cache(
-        *(folder, dense, examples.ids_NT, _outputs(plan)),
+        *(folder, dense, examples.ids_NT, outputs_of(plan.wish)),
         model=dense.source.fingerprint(),
         progress=progress,
     )
@@ -136,7 +137,7 @@ def objective_of(plan: RecoverPlan, examples: Examples, folder: Path) -> Objecti
     return Objective(
         kinds=kinds_of(wish.distill),
         weight=data_weight(wish.data_fraction) if weight is None else weight,
-        teacher=open_cache(folder, examples.ids_NT, _outputs(plan), model=model),
+        teacher=open_cache(folder, examples.ids_NT, outputs_of(plan.wish), model=model),
         kept=_kept_blocks(plan, len(dense)),
     )
 
@@ -182,43 +183,14 @@ def sparsity_facts(plan: RecoverPlan, student: Student) -> dict[str, Any]:
 
 
 def _dense(plan: RecoverPlan) -> Streamed:
-    """Open the teacher: the model that the source was made from, or a dense source itself.
-
-    Raises:
-        CheckpointError: it is not where it was.
-        RecipeError: it has another vocabulary.
-    """
-    found = open_origin(plan.source, plan.recipe, torch.float32)
-    if found is None and plan.form != MASKED:
-        from llmprune.engine.opening import open_blocks
-
-        found = open_blocks(plan.source, plan.recipe, torch.device("cpu"), torch.float32)
-    if found is None:
-        raise CheckpointError(
-            f"recover.distill: the dense model that {plan.source.name} was made from is not where "
-            "it was (llmprune/run.json names it under origin), so it cannot teach. Put it back, or "
-            "leave --set recover.distill out."
-        )
-    texts = [side.model.config.get_text_config() for side in (found, plan.blocks)]
-    theirs, ours = (int(text.vocab_size) for text in texts)
-    if theirs != ours:
-        raise RecipeError(
-            f"recover.distill: the dense model knows {theirs} tokens and this one {ours}, so their "
-            "predictions do not compare. Leave recover.distill out."
-        )
-    wide, narrow = (int(text.hidden_size) for text in texts)
-    if wide != narrow and "hidden" in kinds_of(str(plan.wish.distill)):
-        raise RecipeError(
-            f"recover.distill: hidden states have {wide} numbers in the dense model and {narrow} "
-            "here, so they do not compare. Type --set recover.distill=kl."
-        )
-    return found
-
-
-def _outputs(plan: RecoverPlan) -> Outputs:
-    """Return what is kept of the teacher."""
-    hidden = any(DISTILLATIONS[k].needs == "hidden" for k in kinds_of(str(plan.wish.distill)))
-    return Outputs(top=plan.wish.distill_top, hidden="bfloat16" if hidden else None)
+    """Open the teacher, to be walked where the student will be trained."""
+    accelerated = plan.device.type != "cpu"
+    return open_teacher(
+        *(plan.wish, plan.source, plan.recipe, plan.blocks),
+        masked=plan.form == MASKED,
+        device=plan.device,
+        dtype=plan.dtype if accelerated else torch.float32,
+    )
 
 
 def _check_bank(plan: RecoverPlan, model: Any, bank: Bank) -> None:

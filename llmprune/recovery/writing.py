@@ -30,7 +30,13 @@ from llmprune.walk.rewriting import DTYPE_NAMES
 if TYPE_CHECKING:
     from torch import Tensor
 
-BOOKS = ("run.json", "report.json", "evaluations.json", "events.jsonl")  # each result has its own
+BOOKS = (
+    "run.json",
+    "report.json",
+    "report.html",
+    "evaluations.json",
+    "events.jsonl",
+)  # each result has its own
 
 
 def write_trained(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmprune.catalog import METHODS
+from llmprune.delivery.heterogeneous import is_own_code
 from llmprune.report.evaluations import Measured, measured, metric_results
 from llmprune.report.kinds import by_kind
+from llmprune.report.licences import terms_of
 from llmprune.report.making import code, how_made
 from llmprune.report.origin import Origin, kept_facts, origin_of
 from llmprune.report.recoveries import cut_method, cut_while_trained, is_pruned, last_wish, sides
@@ -29,6 +31,8 @@ from llmprune.report.training import (
     training_words,
 )
 
+OWN = "llmprune"
+
 
 def card_text(
     folder: Path,
@@ -38,23 +42,28 @@ def card_text(
     *,
     repo: str,
     base_model: str | None = None,
+    beside: Collection[str] = (),
 ) -> str:
     """Return README.md for a result as it will lie in a repository of the Hub.
 
     `data` is report.json, `later` evaluations.json, and `runs` the run.json of the result after
     those of the results that it came from, all without paths of this machine; the folder gives what
-    the base model's own card says.
+    the base model's own card says. `beside` names further files that go there: a picture and a page
+    are shown and linked.
     """
     origin = origin_of(runs[-1], base_model=base_model)
     results = measured(data, later)
+    terms = terms_of(kept_facts(folder, origin))
     parts = [
         f"# {repo.rpartition('/')[2]}",
+        f"**{terms.shown}.** {terms.notice}" if terms else "",
         _summary(data, origin),
-        _section("How to load", _loading(data, repo)),
+        _section("How to load", _loading(data, folder, repo)),
         _section("What was removed", _removed(data)),
         _section("What became of the rest", _rest(data)),
         _section("Training", training_list(data)),
         _section("Quality", _quality(data, results)),
+        _section("Pictures", _pictures(data, beside)),
         _section("What it is not", _limits(data)),
         _section("How it was made", how_made(data, runs, origin)),
         _section("Proof", _proof(data)),
@@ -123,18 +132,42 @@ def _summary(data: Mapping[str, Any], origin: Origin) -> str:
     )
 
 
-def _loading(data: Mapping[str, Any], repo: str) -> str:
+def _loading(data: Mapping[str, Any], folder: Path, repo: str) -> str:
+    """Return how the result is loaded; code of ours beside it needs trust, and says why."""
+    own, tier = is_own_code(folder), data.get("tier", "E0")
     shape = " The config has the smaller sizes." if data["form"] == "shrunk" else ""
-    remote = "    # the model brings Python code: pass trust_remote_code=True to both\n"
+    if own:
+        shape = (
+            f" Its blocks have sizes of their own (tier {tier}), which no class of `transformers` "
+            "has: the code that builds them lies beside the weights. It is short and imports "
+            "`transformers` alone; read it before you trust it."
+        )
+    flag = ", trust_remote_code=True" if own else ""
+    remote = "# the model brings Python code: pass trust_remote_code=True to both\n"
     return (
         "As any model of `transformers`; llmprune is not needed." + shape + "\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        + (remote.lstrip() if _trusts(data) else "")
-        + f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")\n'
+        + (remote if _trusts(data) and not own else "")
+        + f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto"{flag})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
-        "```"
+        "```\n\n"
+        f'With llmprune, `llmprune.load("{repo}")`.'
     )
+
+
+def _pictures(data: Mapping[str, Any], beside: Collection[str]) -> str:
+    """Return the picture of the run, and where the page with the others is."""
+    text = []
+    if f"{OWN}/report.png" in beside:
+        what = "Sparsity and output error by block" if is_pruned(data) else "Losses of the training"
+        text.append(f"![{what}]({OWN}/report.png)")
+    if f"{OWN}/report.html" in beside:
+        text.append(
+            f"[report.html]({OWN}/report.html) has more of them: download it and open it in a "
+            "browser."
+        )
+    return "\n\n".join(text)
 
 
 def _removed(data: Mapping[str, Any]) -> str:

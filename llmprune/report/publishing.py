@@ -1,15 +1,15 @@
-"""A result on the Hub: what goes there, and one commit that brings it.
+"""What of a result goes to the Hub, and what does not; nothing is sent here.
 
-Nothing is sent before the folder, the card, the token and the repository are checked, and no text
-of ours ever holds a token.
+Paths of this machine are cut out of all that goes, and nothing that holds a token goes.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ from llmprune.base.errors import CheckpointError, RecipeError
 from llmprune.checkpoint.sink import HEAVY, TEMPLATES, hash_file
 from llmprune.checkpoint.source import INDEX, open_folder, read_json
 from llmprune.report.card import card_text
-from llmprune.report.hub_errors import check_card, told_by_hub
-from llmprune.report.origin import runs_before
+from llmprune.report.licences import Terms, terms_of
+from llmprune.report.origin import kept_facts, origin_of, runs_before
 from llmprune.report.portable import without_places, without_roots
 from llmprune.report.recounting import with_moved_masks
 from llmprune.report.run import Report
 
 OWN, CARD = "llmprune", "README.md"
+PICTURE, PAGE = f"{OWN}/report.png", f"{OWN}/report.html"  # made anew, without paths
 RECORDS = ("report.json", "run.json", "evaluations.json")  # events.jsonl is of this machine alone
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
+Page = Callable[[Mapping[str, Any], Mapping[str, Any]], str]
 SIDE = (".json", ".jinja", ".md", ".model", ".py", ".spm", ".bpe", ".tiktoken", ".txt")
 
 
@@ -38,6 +40,8 @@ class Package:
     base_model: str | None
     files: Mapping[str, Path]
     texts: Mapping[str, bytes]
+    terms: Terms | None = None
+    page: Page | None = None
 
     @property
     def card(self) -> str:
@@ -50,19 +54,26 @@ class Package:
         return dict(sorted((sizes | {name: len(t) for name, t in self.texts.items()}).items()))
 
 
-def pack(folder: str | Path, repo: str, *, base_model: str | None = None) -> Package:
+def pack(
+    folder: str | Path,
+    repo: str,
+    *,
+    base_model: str | None = None,
+    page: Page | None = None,
+) -> Package:
     """Decide what of a result goes to a repository, and write its card; nothing is sent.
 
-    Paths of this machine are cut down to their last names in everything that goes.
+    Paths of this machine are cut down to their last names in everything that goes. `page` makes
+    the page for a browser from report.json and evaluations.json.
 
     Raises:
         RecipeError: the name of the repository or of the base model is none.
         CheckpointError: the folder is no finished result, a file of it is missing or damaged, or
             one holds a token.
     """
-    _check_name("repo", repo)
+    check_name("repo", repo)
     if base_model is not None:
-        _check_name("base_model", base_model)
+        check_name("base_model", base_model)
     home = Path(folder)
     data = Report.read(home).data
     run = read_json(home / OWN / "run.json")
@@ -84,21 +95,30 @@ def pack(folder: str | Path, repo: str, *, base_model: str | None = None) -> Pac
     texts = {f"{OWN}/{name}": _json(record) for name, record in records.items()}
     texts |= _cleaned(files, places)
     _check_no_token(files, texts)
-    texts[CARD] = card_text(
-        home,
-        with_moved_masks(records["report.json"], home),
-        [*without_places(earlier, places), records["run.json"]],
-        records.get("evaluations.json", {}),
-        repo=repo,
-        base_model=base_model,
-    ).encode()
+    report = with_moved_masks(records["report.json"], home)
+    later = records.get("evaluations.json", {})
+    texts[PICTURE] = _picture(json.dumps(report))
+    texts |= {PAGE: page(report, later).encode()} if page is not None else {}
+    terms = terms_of(kept_facts(home, origin_of(run, base_model=base_model)))
+    if terms is not None and not any(name.upper().startswith("NOTICE") for name in files):
+        texts["NOTICE"] = f"{terms.notice}\n".encode()
+    runs = [*without_places(earlier, places), records["run.json"]]
+    card = card_text(home, report, runs, later, repo=repo, base_model=base_model, beside=set(texts))
+    texts[CARD] = card.encode()
     return Package(
         folder=home,
         repo=repo,
         base_model=base_model,
         files={name: path for name, path in files.items() if name not in texts},
         texts=texts,
+        terms=terms,
+        page=page,
     )
+
+
+def renamed(package: Package, repo: str) -> Package:
+    """Return the package for another repository, whose name its card has."""
+    return pack(package.folder, repo, base_model=package.base_model, page=package.page)
 
 
 def _check_unchanged(home: Path, hashes: Mapping[str, str]) -> None:
@@ -116,62 +136,7 @@ def _check_unchanged(home: Path, hashes: Mapping[str, str]) -> None:
             )
 
 
-def upload(
-    package: Package,
-    *,
-    private: bool = False,
-    message: str | None = None,
-    create_pr: bool = False,
-    revision: str | None = None,
-) -> str:
-    """Bring a package to the Hub in one commit; return the address of the commit or pull request.
-
-    The repository is made where there is none. Weights and records of an earlier push that this one
-    does not replace go in the same commit.
-
-    Raises:
-        RecipeError: the repository holds something else, or is public where `private` is asked for.
-        CheckpointError: the Hub refuses or cannot be reached; nothing was committed.
-    """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
-    if create_pr and revision not in (None, "main"):
-        raise RecipeError(
-            f"revision: a pull request goes to the main branch, not to {revision!r}. Leave out "
-            "--revision or --create-pr."
-        )
-    api = HfApi()
-    with told_by_hub(package.repo):
-        user = str(api.whoami()["name"])
-        if "/" not in package.repo:  # a name of one's own; the card needs it whole
-            whole = f"{user}/{package.repo}"
-            package = pack(package.folder, whole, base_model=package.base_model)
-        check_card(package.card, api.endpoint)
-    with told_by_hub(package.repo, user):
-        repo = api.create_repo(package.repo, private=private or None, exist_ok=True).repo_id
-        branch = None if create_pr else revision
-        if branch is not None:
-            api.create_branch(repo, branch=branch, exist_ok=True)
-        info = api.model_info(repo, revision=branch)
-        there = {file.rfilename for file in info.siblings or ()}
-        _check_repository(repo, there, wants_private=private, is_private=bool(info.private),
-                          aside=create_pr or branch not in (None, "main"))  # fmt: skip
-        contents: dict[str, Path | bytes] = {**package.files, **package.texts}
-        commit = api.create_commit(
-            repo,
-            [
-                *(CommitOperationDelete(name) for name in sorted(_stale(there) - set(contents))),
-                *(CommitOperationAdd(name, content) for name, content in contents.items()),
-            ],
-            commit_message=message or f"Push {package.folder.resolve().name} with llmprune",
-            create_pr=create_pr,
-            revision=branch,
-            parent_commit=info.sha,
-        )
-    return str(commit.pr_url or commit.commit_url)
-
-
-def _check_name(key: str, name: str) -> None:
+def check_name(key: str, name: str) -> None:
     """Check the form of a repository's name.
 
     Raises:
@@ -187,33 +152,6 @@ def _check_name(key: str, name: str) -> None:
             f"{key}: {name!r} is no name of a repository. Give OWNER/NAME, with letters, digits, "
             "'-', '_' and '.' in both."
         ) from None
-
-
-def _check_repository(
-    repo: str, there: set[str], *, wants_private: bool, is_private: bool, aside: bool
-) -> None:
-    """Check that a repository may take a result; `aside` means that its main branch stays.
-
-    Raises:
-        RecipeError: it is public where private is asked for, or holds what llmprune did not push.
-    """
-    if wants_private and not is_private:
-        raise RecipeError(
-            f"private: {repo} is there already and public, and --private only makes new "
-            f"repositories private. Make it private in its settings, or choose another name. "
-            "Nothing was sent."
-        )
-    foreign = sorted(_stale(there) | (there & {"config.json"}))
-    if foreign and f"{OWN}/report.json" not in there and not aside:
-        raise RecipeError(
-            f"repo: {repo} holds a model that llmprune did not push ({foreign[0]}), which this "
-            "would replace. Choose another name, or propose it with --create-pr. Nothing was sent."
-        )
-
-
-def _stale(names: set[str]) -> set[str]:
-    """Return the names that a result of other shards must not leave behind."""
-    return {n for n in names if n.endswith(".safetensors") or n == INDEX or n.startswith(f"{OWN}/")}
 
 
 def _own_files(home: Path) -> set[str]:
@@ -287,6 +225,14 @@ def _cleaned(files: Mapping[str, Path], places: list[str | Path]) -> dict[str, b
         if after != before:
             found[name] = _json(after)
     return found
+
+
+@lru_cache(maxsize=2)  # laying it out takes longer than all else that a push prepares
+def _picture(report: str) -> bytes:
+    """Return the figure of a report, given as JSON, as a PNG."""
+    from llmprune.report.plots import report_figure
+
+    return report_figure(json.loads(report))._repr_png_()
 
 
 def _json(data: Any) -> bytes:

@@ -47,10 +47,15 @@ def recoveries_of(data: Mapping[str, Any]) -> list[Recovery]:
         Recovery(
             "recovery" if len(records) == 1 else f"recovery {place + 1}",
             record,
-            asked[place - unknown] if place >= unknown else {},
+            {**asked[place - unknown], **_taught(record)} if place >= unknown else {},
         )
         for place, record in enumerate(records)
     ]
+
+
+def _taught(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return whether the dense model taught, where that was left to the run."""
+    return {"distill": record["distill"]} if "distill" in record else {}
 
 
 def last_wish(data: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from llmprune.base.progress import human_bytes, human_seconds
 from llmprune.base.text import named_lines
+from llmprune.base.timeline import WAITS
 from llmprune.report.coverage import coverage_line
 from llmprune.report.recoveries import cut_method, is_pruned, last_wish, recovery_lines, sides
 from llmprune.report.stages import (
@@ -48,6 +49,7 @@ def report_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         "proof": _proof(data.get("gate")),
         "resumed": _resumed(data.get("resumed_after")),
         "time": seconds,
+        "profile": profile_line(data.get("profile")),
         "memory": _memory(data),
     }
     return [(name, text) for name, text in lines.items() if text]
@@ -155,6 +157,17 @@ def _unlike_the_papers(found: Mapping[str, Any]) -> str:
     bos = ", BOS first" if found["bos"] else ""
     dtype = found.get("dtype", "float32")
     return f"{stride}{bos}" + ("" if dtype == "float32" else f", {dtype}")
+
+
+def profile_line(profile: Mapping[str, Any] | None) -> str:
+    """Return what the main thread of a run waited for and did, in percent of the time."""
+    if not profile or not profile["wall"]:
+        return ""
+    main = dict(profile["seconds"].get("main", {}))
+    waits = [100 * main.pop(name, 0.0) / profile["wall"] for name in WAITS]
+    done = sorted(main.items(), key=lambda item: -item[1])[:6]
+    shares = ", ".join(f"{name} {100 * value / profile['wall']:.0f} %" for name, value in done)
+    return f"waited for reads {waits[0]:.1f} %, for writes {waits[1]:.1f} %; {shares}"
 
 
 def _experts(data: Mapping[str, Any]) -> str:

@@ -70,6 +70,11 @@ class Statistic:
     shape: str
     itemsize: int = 8
 
+    @property
+    def is_small(self) -> bool:
+        """Tell whether it is a row of columns at most: small enough for one per micro-batch."""
+        return self.shape.count("I") < 2
+
     def num_bytes(self, inputs: int) -> int:
         """Return what the statistic of a tap with this many columns takes up while it is summed.
 

@@ -5,8 +5,8 @@ Legend: B sequences of a micro-batch, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from llmprune.base.errors import NumericalError
 from llmprune.calibration.hidden import HiddenStates, Place
 from llmprune.calibration.replay import Arguments, call, capture, head, shared
 from llmprune.walk.block import Block, Blocks
+from llmprune.walk.sharing import ALONE, Others
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,11 +27,13 @@ LOGITS = 16_000_000
 class Stream:
     """Hidden states of all micro-batches and, per micro-batch, the arguments of every block.
 
-    Micro-batches that are given the same arguments share them.
+    Micro-batches that are given the same arguments share them. Where there are other processes,
+    these micro-batches are the first process's share, and `others` hold the rest.
     """
 
     hidden: HiddenStates
     arguments: tuple[list[Arguments], ...]
+    others: Others = ALONE
 
     def __len__(self) -> int:
         return len(self.arguments)
@@ -43,14 +46,39 @@ def embed(
     *,
     place: Place = "host",
     folder: Path | None = None,
+    others: Others = ALONE,
 ) -> Stream:
-    """Embed tokens in micro-batches and record what every block is given."""
+    """Embed tokens in micro-batches and record what every block is given.
+
+    With `others` every process has its share of the micro-batches.
+    """
+    import torch
+
+    batches = tokens_NT.split(micro_batch)
+    with others.asked(
+        "embed",
+        tokens_NT=tokens_NT,
+        micro_batch=micro_batch,
+        place=place,
+        folder=folder,
+        threads=torch.get_num_threads(),
+    ):
+        mine = embed_batches(
+            blocks, batches[others.world.share(len(batches))], place=place, folder=folder
+        )
+    return replace(mine, others=others)
+
+
+def embed_batches(
+    blocks: Blocks, batches: Sequence[Tensor], *, place: Place, folder: Path | None
+) -> Stream:
+    """Embed micro-batches ids_BT and record what every block is given."""
     import torch
 
     hidden = HiddenStates(place, folder)
     kept: list[list[Arguments]] = []
     with torch.no_grad(), blocks.trunk(head=False) as model:
-        for ids_BT in tokens_NT.split(micro_batch):
+        for ids_BT in batches:
             ids_BT = ids_BT.to(blocks.device)
             first, arguments = capture(model, blocks.modules, ids_BT, returns=blocks.family.returns)
             hidden.append(first)
@@ -58,15 +86,27 @@ def embed(
     return Stream(hidden=hidden, arguments=tuple(kept))
 
 
-def advance(block: Block, stream: Stream, *, known: Mapping[int, Tensor] | None = None) -> None:
+def advance(
+    block: Block,
+    stream: Stream,
+    *,
+    known: Mapping[int, Tensor] | None = None,
+    stored: bool = False,
+) -> None:
     """Replace every micro-batch by the block's output; `known` outputs are not computed again.
+
+    Other processes are sent the block's values; `stored` tells them that it is the result's, whose
+    modules may be smaller.
 
     Raises:
         NumericalError: the output is not finite.
     """
     import torch
 
-    with torch.no_grad():
+    with (
+        torch.no_grad(),
+        stream.others.asked("advance", index=block.index, stored=stored, values=block.values()),
+    ):
         for batch, arguments in enumerate(stream.arguments):
             output = (known or {}).get(batch)
             if output is None:

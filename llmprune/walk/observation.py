@@ -7,7 +7,7 @@ The multiplication itself is watched, not a module: a linear that is a slice of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,11 @@ from llmprune.base.errors import NumericalError, UnsupportedModel
 from llmprune.calibration.replay import call
 from llmprune.stats import STATISTICS
 from llmprune.stats.residual import ResidualSums
+from llmprune.stats.keeping import joined
 from llmprune.stats.types import Stats
 from llmprune.walk.block import Block
 from llmprune.walk.forward import Stream
+from llmprune.walk.sharing import ALONE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,53 +81,153 @@ class _Watch:
             raise _Complete
 
 
+class Sums:
+    """Statistics of taps, summed over micro-batches in their order.
+
+    What is as small as a row of columns is summed for each micro-batch by itself, then added: so
+    the same bits come out however many processes share the micro-batches. With `keep` these sums
+    are kept apart, to be sent. Matrices are summed as they come.
+    """
+
+    def __init__(self, needs: Mapping[str, tuple[str, ...]], *, keep: bool = False) -> None:
+        self.keep = keep
+        self.residual = ResidualSums()
+        self._whole = {tap: _accumulators(names, small=False) for tap, names in needs.items()}
+        self._small = {tap: _accumulators(names, small=True) for tap, names in needs.items()}
+        self._batch: dict[str, dict[str, Any]] = {}
+        self._kept: list[tuple[dict[str, dict[str, Any]], ResidualSums]] = []
+        self._needs = needs
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a micro-batch."""
+        self._batch = {tap: _accumulators(names, small=True) for tap, names in self._needs.items()}
+        self._moved = ResidualSums()
+
+    def read(self, tap: str, value: Tensor) -> None:
+        """Add what a tap carries."""
+        for found in (self._whole, self._batch):
+            for accumulator in found.get(tap, {}).values():
+                accumulator.update(value)
+
+    def move(self, hidden_BTD: Tensor, output_BTD: Tensor) -> None:
+        """Add what a block reads and returns."""
+        self._moved.add(hidden_BTD, output_BTD)
+
+    def end(self) -> None:
+        """End a micro-batch: its sums are added, or kept."""
+        if self.keep:
+            self._kept.append((self._batch, self._moved))
+        else:
+            self._add(self._batch, self._moved)
+        self.begin()
+
+    def pieces(self) -> Iterator[Any]:
+        """Yield what `merge` adds to the sums of the first process, matrices one at a time."""
+        yield from self._kept
+        for tap, found in self._whole.items():
+            for name, accumulator in found.items():
+                yield tap, name, accumulator
+
+    def merge(self, piece: Any) -> None:
+        """Add a piece of another process's sums."""
+        if len(piece) == 2:
+            self._add(*piece)
+        else:
+            tap, name, accumulator = piece
+            self._whole[tap][name].merge(accumulator)
+
+    def result(self) -> dict[str, Stats]:
+        """Return the statistics by tap."""
+        return {tap: joined(found) for tap, found in self.by_tap().items()}
+
+    def by_tap(self) -> dict[str, dict[str, Any]]:
+        """Return the accumulators by tap and statistic."""
+        return {
+            tap: {name: (self._whole[tap] | self._small[tap])[name] for name in names}
+            for tap, names in self._needs.items()
+        }
+
+    def _add(self, batch: Mapping[str, Mapping[str, Any]], moved: ResidualSums) -> None:
+        self.residual.merge(moved)
+        for tap, found in batch.items():
+            for name, accumulator in found.items():
+                self._small[tap][name].merge(accumulator)
+
+
+def _accumulators(names: Iterable[str], *, small: bool) -> dict[str, Any]:
+    return {
+        name: STATISTICS[name].accumulator() for name in names if STATISTICS[name].is_small == small
+    }
+
+
 def observe(
-    block: Block, stream: Stream, needs: Mapping[str, tuple[str, ...]], *, dense: bool
+    block: Block,
+    stream: Stream,
+    needs: Mapping[str, tuple[str, ...]],
+    *,
+    dense: bool,
+    sums: Sums | None = None,
 ) -> Seen:
-    """Collect the statistics that each tap needs over all micro-batches.
+    """Collect the statistics that each tap needs over all micro-batches, of all processes.
 
     The forward stops at the last tap: what follows it is not needed. The first micro-batch runs to
     its end, and its output is kept for the error; with `dense` all do, and replace the hidden
-    states.
+    states. Other processes observe the block as the source has it. `sums` are new ones of the same
+    needs, for a caller that keeps them.
 
     Raises:
         NumericalError: a tap reads NaN or infinity; names tap and block.
     """
-    accumulators = {
-        tap: {name: STATISTICS[name].accumulator() for name in names}
-        for tap, names in needs.items()
-    }
+    sums = Sums(needs) if sums is None else sums
+    others = stream.others if needs or dense else ALONE
+    with others.asked(
+        "observe", index=block.index, needs=dict(needs), dense=dense, take=sums.merge
+    ):
+        watched = watch_batches(block, stream, needs, sums, dense=dense)
+    assert watched is not None
+    first, counts, influence = watched
+    stats = sums.result()
+    _check_read(block, stats, counts)
+    _check_finite(block, stats)
+    moved = sums.residual.result() if dense else None
+    return Seen(stats=stats, dense_output=first, influence=influence, residual=moved)
 
-    def read(tap: str, value: Tensor) -> None:
-        for accumulator in accumulators.get(tap, {}).values():
-            accumulator.update(value)
 
+def watch_batches(
+    block: Block,
+    stream: Stream,
+    needs: Mapping[str, tuple[str, ...]],
+    sums: Sums,
+    *,
+    dense: bool,
+) -> tuple[Tensor, Counter[str], float] | None:
+    """Add what this process's micro-batches show to the sums.
+
+    Returns the output of the first, how often it read each tap, and the block's influence; None
+    where there is no micro-batch.
+    """
     pointers = _pointers(block)
-    first: Tensor | None = None
-    counts: Counter[str] | None = None
-    influence, residual = 0.0, ResidualSums()
+    found: tuple[Tensor, Counter[str], float] | None = None
     wanted = stream.arguments if needs or dense else stream.arguments[:1]
     with torch.no_grad():
         for batch, arguments in enumerate(wanted):
             hidden = stream.hidden.get(batch, block.device)
-            watch = _Watch(pointers, read, needs, None if dense else counts)
+            before = None if dense or found is None else found[1]
+            watch = _Watch(pointers, sums.read, needs, before)
             try:
                 with Products(watch):
                     output = call(block.module, hidden, arguments[block.index])
             except _Complete:
+                sums.end()
                 continue
-            if first is None:
-                first, counts = output.clone(), watch.counts
-                influence = _influence(hidden, output)
+            if found is None:
+                found = output.clone(), watch.counts, _influence(hidden, output)
             if dense:
-                residual.add(hidden, output)
+                sums.move(hidden, output)
                 stream.hidden.set(batch, output)
-    assert first is not None and counts is not None
-    stats = {tap: _merge(each) for tap, each in accumulators.items()}
-    _check_read(block, stats, counts)
-    _check_finite(block, stats)
-    moved = residual.result() if dense else None
-    return Seen(stats=stats, dense_output=first, influence=influence, residual=moved)
+            sums.end()
+    return found
 
 
 def in_rounds(
@@ -196,13 +298,6 @@ def _check_read(block: Block, stats: Mapping[str, Stats], counts: Counter[str]) 
                 f"multiplies with {block.prefix}{tap.readers[0]} in a way that is not watched. "
                 "Install the version that constraints.txt names."
             )
-
-
-def _merge(accumulators: Mapping[str, Any]) -> Stats:
-    """Join the statistics of one tap."""
-    results = [accumulator.result() for accumulator in accumulators.values()]
-    values = {key: value for result in results for key, value in result.values.items()}
-    return Stats(num_tokens=results[0].num_tokens, values=values)
 
 
 def _check_finite(block: Block, stats: Mapping[str, Stats]) -> None:

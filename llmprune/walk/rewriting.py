@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.arch.types import Family
 from llmprune.base.memory import return_freed
+from llmprune.base.timeline import Timeline
+from llmprune.base.worker import Worker
 from llmprune.checkpoint.naming import result_names
 from llmprune.checkpoint.sink import shard_name, write_index, write_tensors
 from llmprune.checkpoint.skeleton import Skeleton, empty
 from llmprune.checkpoint.source import Entry, Source, read_header
+from llmprune.walk.ahead import Ahead
 from llmprune.walk.block import Block
 from llmprune.walk.streamed import Streamed, stream
 
@@ -30,12 +34,18 @@ class Rewriting:
 
     `result` has the config of what is written, so a shrunk block runs in modules of its own size.
     `places` says where each source block stands in the result; those that went are absent.
+    With `ahead` the next block is read while one computes, and a finished shard is written by
+    `worker`, as records are; its tensors are `held` for the one walk through what is stored.
     """
 
     source: Streamed
     result: Streamed
     out: Path
     places: Mapping[int, int]
+    worker: Worker = field(default_factory=partial(Worker, "writer"))
+    ahead: Ahead | None = None
+    timeline: Timeline = field(default_factory=Timeline)
+    held: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -59,8 +69,17 @@ class Rewriting:
     @contextmanager
     def open(self, index: int) -> Iterator[Block]:
         """Bring a source block to the device."""
-        with self.source.open(index) as block:
+        ready = None if self.ahead is None else self.ahead.take(index)
+        with ExitStack() as stack:
+            with self.timeline.span("read", index):
+                block = stack.enter_context(self.source.open(index, ready=ready))
+            del ready
             yield block
+
+    def expect(self, index: int) -> None:
+        """Begin to read a block that will be opened next."""
+        if self.ahead is not None:
+            self.ahead.begin(index)
 
     def is_gone(self, index: int) -> bool:
         """Tell whether the result has nothing of a source block."""
@@ -74,9 +93,27 @@ class Rewriting:
 
     @contextmanager
     def stored(self, index: int) -> Iterator[Block]:
-        """Bring a committed block, by its number in the source, to the device from its shard."""
-        with self.result.open(self.places[index]) as block:
+        """Bring a committed block, by its number in the source, to the device from its shard.
+
+        One that is still held is not read back: its bits are those that are written.
+        """
+        held = self.held.pop(index, None)
+        with ExitStack() as stack:
+            if held is None:
+                self.settle()
+            with self.timeline.span("read", index):
+                block = stack.enter_context(self.result.open(self.places[index], held=held))
+            held = None
             yield block
+
+    def settle(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            LlmpruneError: it could not be written.
+        """
+        with self.timeline.span("wait for write"):
+            self.worker.settle()
 
     @contextmanager
     def trunk(self, *, head: bool) -> Iterator[Any]:
@@ -93,6 +130,8 @@ class Rewriting:
         Solvers that update weights have no `redo`: what the module holds is written. Nothing is
         written of a block that is gone.
         """
+        self.held.clear()
+        self.settle()  # one shard at a time is held
         if self.is_gone(block.index):
             return None
         if redo is None or self.source.dtype is None:
@@ -125,8 +164,29 @@ class Rewriting:
                 found = self.source.source.get(stored)
                 shard |= {new: found[old] for old, new in zip(stored, names, strict=True)}
         path = self.out / shard_name(place, len(self.result))
-        write_tensors(path, shard, settled=False)
+        if self.ahead is None:
+            self._write_shard(path, shard, block.index)
+            return path
+        if self._converts:
+            self.held[block.index] = shard
+        self.worker.begin(partial(self._write_shard, path, shard, block.index))
         return path
+
+    def _write_shard(self, path: Path, shard: dict[str, Tensor], index: int) -> None:
+        with self.timeline.span("write shard", index):
+            write_tensors(path, shard, settled=False)
+
+    @property
+    def _converts(self) -> bool:
+        """Tell whether a stored block is computed with in copies of its tensors.
+
+        Others are mapped from the file, as in a resumed run: the place of a tensor in memory may
+        decide how sums are rounded.
+        """
+        stored = {entry.dtype for entry in self.result.source.entries.values()}
+        dtype = self.result.dtype
+        same = {name for name, value in DTYPE_NAMES.items() if f"torch.{value}" == str(dtype)}
+        return dtype is not None and (self.device.type != "cpu" or not stored & same)
 
     def _copies(self, origin: str, param: str) -> bool:
         """Tell whether a parameter is stored in the result in as many tensors as in the source."""
@@ -202,12 +262,20 @@ class Rewriting:
 
 
 def open_rewriting(
-    source: Streamed, skeleton: Skeleton, out: Path, places: Mapping[int, int] | None = None
+    source: Streamed,
+    skeleton: Skeleton,
+    out: Path,
+    places: Mapping[int, int] | None = None,
+    *,
+    overlaps: bool = False,
+    timeline: Timeline | None = None,
 ) -> Rewriting:
     """Open a checkpoint for rewriting into `out`; `skeleton` has the result's config.
 
-    `places` says where each source block stands in the result; none means that all stay.
+    `places` says where each source block stands in the result; none means that all stay. Where it
+    `overlaps`, blocks are read ahead and shards written while the next block computes.
     """
+    timeline = timeline or Timeline()
     places = {index: index for index in range(len(source))} if places is None else places
     entries = _entries(source, skeleton, places)
     written = Source(name=str(out), folder=out, entries=entries)
@@ -215,7 +283,14 @@ def open_rewriting(
         result = replace(source, source=written)
     else:
         result = stream(written, skeleton, device=source.device, dtype=source.dtype)
-    return Rewriting(source=source, result=result, out=out, places=places)
+    return Rewriting(
+        source=source,
+        result=result,
+        out=out,
+        places=places,
+        ahead=Ahead(source, timeline) if overlaps else None,
+        timeline=timeline,
+    )
 
 
 def _entries(source: Streamed, skeleton: Skeleton, places: Mapping[int, int]) -> dict[str, Entry]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from llmprune.walk.block import Block
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +59,27 @@ class Streamed:
         return replace(self, device=torch.device("cpu"), dtype=None)
 
     @contextmanager
-    def open(self, index: int) -> Iterator[Block]:
-        """Read one block and bring it to the device; it is freed at the end."""
+    def open(
+        self,
+        index: int,
+        *,
+        ready: dict[str, Tensor] | None = None,
+        held: Mapping[str, Tensor] | None = None,
+    ) -> Iterator[Block]:
+        """Read one block and bring it to the device; it is freed at the end.
+
+        Nothing is read of `ready` parameters that are on the device, or of tensors, by their names
+        on disk, that are `held` in memory.
+        """
         prefix = self.skeleton.prefix(index)
         module = self.skeleton.blocks[index]
         before = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         try:
-            self._fill(module, self.naming.disk_names(prefix), prefix)
+            if ready is None:
+                self._fill(module, self.naming.disk_names(prefix), prefix, held)
+            while ready:
+                name, value = ready.popitem()
+                fill(module, {name.removeprefix(prefix): value})
             yield Block(
                 index=index,
                 prefix=prefix,
@@ -99,9 +114,16 @@ class Streamed:
             tie(model)
             return_freed()
 
-    def _fill(self, module: Any, disk_names: list[str], prefix: str = "") -> None:
+    def _fill(
+        self,
+        module: Any,
+        disk_names: list[str],
+        prefix: str = "",
+        held: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Read tensors into a module's parameters, one by one in device and dtype."""
-        params = self.naming.to_params(self.source.get(disk_names))
+        stored = self.source.get(disk_names) if held is None else dict(held)
+        params = self.naming.to_params(stored)
         for name in list(params):
             value = params.pop(name)
             wanted = self.dtype if value.is_floating_point() else None

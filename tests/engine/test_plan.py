@@ -36,6 +36,8 @@ def make(pico: Pico, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> MakePl
         }  # fmt: skip
         if ":" not in wishes.get("pattern", "unstructured"):
             defaults["sparsity"] = 0.5
+        if "ffn-channels" in wishes.get("pattern", "") or "heads" in wishes.get("pattern", ""):
+            defaults["method"] = "wanda"  # whose counts need no survey
         return api.plan(str(pico(model_type)), **(defaults | wishes))
 
     return plan

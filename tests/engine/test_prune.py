@@ -549,6 +549,7 @@ def test_a_kept_weight_keeps_its_bits_in_whatever_dtype_is_computed(
     tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
     api.prune(
         str(tmp_path / "model"),
+        method="wanda",
         sparsity=0.3,
         pattern=pattern,
         calib=tokens,

@@ -75,7 +75,9 @@ def target_of(report: Report) -> dict[str, Any]:
 def contents(folder: Path | None) -> dict[str, bytes]:
     """Return every file of a result, without what tells of the run itself."""
     assert folder is not None
-    own = {"llmprune/report.json", "llmprune/events.jsonl", "llmprune/run.json"}
+    own = {
+        f"llmprune/{name}" for name in ("report.json", "report.html", "events.jsonl", "run.json")
+    }
     return {
         name: path.read_bytes()
         for path in sorted(folder.rglob("*"))

@@ -42,7 +42,9 @@ def make(pico: Pico, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> MakePl
     monkeypatch.setattr(Source, "get", refuse)
 
     def plan(model_type: str = "llama", **wishes: Any) -> Plan:
-        return api.plan(str(pico(model_type)), **(common(text_file) | wishes))
+        units = {"ffn-channels", "heads"} & {*wishes.get("pattern", "").split("+")}
+        method = {"method": "wanda"} if units else {}  # whose counts need no survey
+        return api.plan(str(pico(model_type)), **(common(text_file) | method | wishes))
 
     return plan
 

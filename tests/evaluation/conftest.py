@@ -19,7 +19,8 @@ DEMO = Path(str(resources.files("llmprune") / "demo"))
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `datasets` keep its tables in this test's folder."""
+    """Let `datasets` keep its tables, and llmprune its scores, in this test's folder."""
+    monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llmprune import cli
+from llmprune import cli, measuring
 from llmprune.api import evaluate, perplexity, rolling_perplexity, store_measurement
 from llmprune.base.errors import RecipeError, TooLarge
 from llmprune.evaluation.scores import Evaluation, Score, TaskFacts
@@ -58,6 +58,38 @@ def test_the_numbers_are_those_of_the_harness_alone(both: Evaluation, result: Pa
     for score in both.scores["pruned"]:
         assert score.value == found[f"{score.metric},none"]
         assert score.stderr == pytest.approx(found[f"{score.metric}_stderr,none"])
+
+
+def test_scores_are_looked_up_where_nothing_changed(
+    result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "result"
+    shutil.copytree(result, folder)
+    few: dict[str, Any] = {**FEW, "limit": 2, "baseline": None}
+    first = evaluate(folder, CLOZE, **few)
+    runs: list[int] = []
+    real = measuring.run_tasks
+    monkeypatch.setattr(
+        measuring, "run_tasks", lambda *args, **more: runs.append(1) or real(*args, **more)
+    )
+    again = evaluate(folder, CLOZE, **few)
+    assert again.scores == first.scores and again.tasks == first.tasks and not runs
+    assert "measured before" in str(again) and "measured before" not in str(first)
+    evaluate(folder, CLOZE, cache=False, **few)
+    evaluate(folder, CLOZE, **few | {"limit": 3})
+    assert len(runs) == 2
+    shard = next(folder.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1  # one bit of one weight
+    shard.write_bytes(data)
+    evaluate(folder, CLOZE, **few)
+    assert len(runs) == 3
+    (tmp_path / "cache" / "scores").rename(tmp_path / "kept")
+    for path in (tmp_path / "kept").iterdir():
+        path.write_text("{}")
+    (tmp_path / "kept").rename(tmp_path / "cache" / "scores")
+    evaluate(folder, CLOZE, **few)  # what cannot be read is measured anew
+    assert len(runs) == 4
 
 
 def test_equal_models_see_equal_examples(result: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llmprune.base.errors import RecipeError, UnknownName
-from llmprune.evaluation.tasks import hushed, open_tasks
+from llmprune.evaluation.tasks import OFFLINE, hushed, open_tasks
 from tests.evaluation.conftest import TASKS
 
 YAML = """\
@@ -105,7 +105,9 @@ def test_what_is_not_there_is_named(name: str | None, said: str) -> None:
 
 def test_data_that_cannot_be_read_lead_to_the_offline_task(tmp_path: Path) -> None:
     path = task_file(tmp_path / "mine", "own", data="gone.jsonl")
-    with pytest.raises(RecipeError, match=r"own.yaml or its data cannot be read.*demo_cloze.yaml"):
+    with pytest.raises(
+        RecipeError, match=r"own.yaml or its data cannot be read.*demo_cloze,demo_sent"
+    ):
         open_tasks([str(path)])
 
 
@@ -136,16 +138,34 @@ def test_the_harness_is_quiet_and_its_log_comes_back(capsys: pytest.CaptureFixtu
     assert (list(logger.handlers), logger.level, logger.propagate) == before
 
 
-def test_the_cloze_items_are_what_their_script_makes() -> None:
+def test_the_items_are_what_their_script_makes() -> None:
     """Every right answer is a wrong one three times, so answers alone say nothing."""
-    made = runpy.run_path(str(TASKS / "make_demo_cloze.py"))
-    items = list(made["items"](made["TEXT"].read_text(encoding="utf-8")))
-    lines = (TASKS / "demo_cloze.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == items
-    right = Counter(item["choices"][item["label"]] for item in items)
-    shown = Counter(choice for item in items for choice in item["choices"])
-    assert all(len(set(item["choices"])) == 4 for item in items)
-    assert shown == {answer: 4 * count for answer, count in right.items()}
+    made = runpy.run_path(str(TASKS / "make_demo_tasks.py"))
+    found = made["items"](made["TEXT"].read_text(encoding="utf-8"))
+    assert set(found) == set(OFFLINE)
+    for name, items in found.items():
+        lines = (TASKS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in lines] == items
+    for name in ("demo_cloze", "demo_sentences"):
+        items = found[name]
+        right = Counter(item["choices"][item["label"]] for item in items)
+        shown = Counter(choice for item in items for choice in item["choices"])
+        assert all(len(set(item["choices"])) == 4 for item in items)
+        assert shown == {answer: 4 * count for answer, count in right.items()}
+    for item in found["demo_last_word"]:
+        assert item["word"] in item["context"] and not item["context"].endswith(item["word"])
+
+
+def test_the_tasks_that_come_along_are_known_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tasks = open_tasks(list(OFFLINE))["tasks"]
+    assert {name: len(task.eval_docs) for name, task in tasks.items()} == {
+        "demo_cloze": 200,
+        "demo_sentences": 200,
+        "demo_last_word": 161,
+    }
 
 
 def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_local_base_model_is_not_named_unless_told(result: Result) -> None:
 
 
 def test_tags_and_numbers_of_a_shrunk_model(result: Result) -> None:
-    card = pack(result(pattern="ffn-channels", sparsity=0.25), "me/small").card
+    card = pack(result(pattern="ffn-channels", sparsity=0.25, method="wanda"), "me/small").card
     assert facts_of(card)["tags"][2:] == ["pruned-structured", "wanda", "ffn-channels"]
     report = re.search(r"cut out: ([\d,]+) of ([\d,]+) parameters", card)
     assert report is not None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmprune.base.errors import CheckpointError, RecipeError
+from llmprune.pushing import package_of
 from llmprune.report.publishing import pack
 from tests.report.conftest import Result
 from tests.story.conftest import Command, command
@@ -125,4 +126,4 @@ def test_a_dry_run_prints_card_and_files(
     assert "  tokenizer.json\n" in ended.out
     assert ended.out.rstrip().endswith("would go to me/small; nothing was sent")
     found = json.loads(command("push", folder, "me/small", "--dry-run", "--json").out)
-    assert found["files"] == pack(folder, "me/small").sizes
+    assert found["files"] == package_of(folder, "me/small").sizes

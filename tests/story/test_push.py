@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 import llmprune
 from llmprune.delivery import gate
 from llmprune.delivery import stock as stock_script
-from tests.story.upload_hub import HUNG_UP, TOKEN, Repository, UploadHub, serving
+from tests.story.upload_hub import ECHO, HUNG_UP, TOKEN, Repository, UploadHub, serving
 
 COMMANDS = """
 import contextlib, io, json, os, sys, urllib.request
@@ -53,7 +53,6 @@ datasets: some/texts
 It was made by somebody else.
 """
 
-ECHO = f"the server says {TOKEN} back"
 # What is pushed, with the failures that the server answers with.
 PLAN: dict[str, tuple[list[str], dict[str, tuple[int, str]]]] = {
     "first": (["me/small", "--private"], {}),
@@ -198,14 +197,15 @@ def test_everything_arrives_in_one_commit(story: Story) -> None:
     assert len(story.hub.of(NUMBERS["first"], "/commit/")) == 1
     sent = {path.relative_to(story.result).as_posix() for path in story.result.rglob("*.*")}
     assert sent - set(pushed.files) == {"llmprune/events.jsonl"}
-    assert set(pushed.files) - sent == {"LICENSE"}
+    assert set(pushed.files) - sent == {"LICENSE", "llmprune/report.png"}
     for name in (name for name in sent if name.endswith((".safetensors", "masks.json"))):
         assert pushed.files[name] == (story.result / name).read_bytes(), name
 
 
 def test_the_address_of_the_commit_is_printed(story: Story) -> None:
     out = lines_of(story, "first")
-    assert out.startswith("19 files, ")
+    assert out.startswith("21 files, ")
+    assert out.endswith("all 21 are there as they are here, by size and hash")
     assert f"{story.hub.address}/me/small/commit/" in out
 
 
@@ -256,7 +256,11 @@ def test_a_second_push_commits_what_changed(story: Story) -> None:
     lines_of(story, "new")
     commit = story.hub.repositories["me/small"].commits[1]
     assert commit["message"] == "another method"
-    assert sorted(commit["changed"]) == ["README.md", "llmprune/report.json"]
+    assert sorted(commit["changed"]) == [
+        "README.md",
+        "llmprune/report.html",
+        "llmprune/report.json",
+    ]
 
 
 def test_weights_of_an_earlier_push_go_in_the_same_commit(story: Story) -> None:
@@ -269,7 +273,7 @@ def test_weights_of_an_earlier_push_go_in_the_same_commit(story: Story) -> None:
 
 
 def test_a_pull_request_leaves_main_as_it_is(story: Story) -> None:
-    assert lines_of(story, "proposed").endswith("/me/foreign/discussions/1")
+    assert "/me/foreign/discussions/1\n" in lines_of(story, "proposed")
     assert story.hub.repositories["me/foreign"].files == FOREIGN
     assert json.loads(lines_of(story, "branch"))["url"].startswith(story.hub.address)
     card = story.hub.repositories["me/small"].branches["v2"]["README.md"].decode()

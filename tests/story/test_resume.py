@@ -202,7 +202,7 @@ def _log_calls(owner: Any, name: str, path: Path, *, after: bool, position: int)
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Return every file and folder of a result, without what tells of the run itself."""
-    own = {"llmprune/report.json", "llmprune/events.jsonl"}
+    own = {"llmprune/report.json", "llmprune/report.html", "llmprune/events.jsonl"}
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"a folder"
         for path in sorted(folder.rglob("*"))

@@ -17,6 +17,8 @@ from urllib.parse import unquote
 TOKEN = "hf_" + "aFakeTokenThatMustNeverShow"
 USER = "me"
 HUNG_UP = 0  # in place of a status: no answer at all
+LOST = -1  # the request does its work, and the answer never arrives
+ECHO = f"the server says {TOKEN} back"
 
 
 @dataclass
@@ -26,6 +28,7 @@ class Repository:
     private: bool = False
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
     commits: list[dict[str, Any]] = field(default_factory=list)
+    at: dict[str, dict[str, bytes]] = field(default_factory=dict)  # files by commit
 
     @property
     def head(self) -> str:
@@ -46,6 +49,9 @@ class UploadHub(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.seen: list[tuple[int, str, str]] = []
+        self.auth: dict[str, Any] = {}  # what whoami tells of the token
+        self.faults: dict[int, int] = {}  # requests to come until one fails, and its status
+        self.garbled = ""  # a file that is kept otherwise than it was sent
 
     @property
     def address(self) -> str:
@@ -74,6 +80,8 @@ class Handler(BaseHTTPRequestHandler):
 
     server: UploadHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two packets
+    lost = False
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
@@ -82,6 +90,11 @@ class Handler(BaseHTTPRequestHandler):
             self.server.command = int(mark[1])
             return self.answer({})
         self.server.seen.append((self.server.command, self.command, path))
+        due = self.server.faults.pop(0, None)
+        self.server.faults = {left - 1: status for left, status in self.server.faults.items()}
+        self.lost = due == LOST
+        if due not in (None, LOST):
+            return self.fail(due, ECHO)
         for pattern, (status, text) in self.server.failures.get(self.server.command, {}).items():
             if re.search(pattern, path):
                 return self.fail(status, text)
@@ -98,7 +111,7 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_GET
 
     def who(self, body: bytes, query: str) -> None:
-        self.answer({"name": USER, "type": "user", "orgs": []})
+        self.answer({"name": USER, "type": "user", "orgs": [], "auth": self.server.auth})
 
     def validate(self, body: bytes, query: str) -> None:
         self.answer({"errors": [], "warnings": []})
@@ -119,10 +132,18 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({})
 
     def info(self, body: bytes, query: str, name: str, branch: str) -> None:
-        repository = self.server.repositories[name]
+        repository = self.server.repositories.get(name)
+        if repository is None or branch not in repository.branches:
+            kind = "RepoNotFound" if repository is None else "RevisionNotFound"
+            return self.answer({"error": "not there"}, status=404, **{"X-Error-Code": kind})
         files = [{"rfilename": path} for path in repository.branches[branch]]
         found = {"id": name, "modelId": name, "sha": repository.head, "siblings": files}
         self.answer(found | {"private": repository.private, "tags": [], "downloads": 0})
+
+    def tree(self, body: bytes, query: str, name: str, commit: str) -> None:
+        repository = self.server.repositories[name]
+        files = repository.at.get(commit, repository.files)
+        self.answer([entry_of(path, content) for path, content in sorted(files.items())])
 
     def preupload(self, body: bytes, query: str, name: str, branch: str) -> None:
         there = self.server.repositories[name].branches[branch]
@@ -172,6 +193,9 @@ class Handler(BaseHTTPRequestHandler):
             found["pullRequestUrl"] = f"{self.server.address}/{name}/discussions/1"
         else:
             repository.branches[branch] = files
+        if self.server.garbled in files:
+            files[self.server.garbled] += b"!"
+        repository.at[repository.head] = files
         self.answer(found | {"commitOid": repository.head, "success": True})
 
     def fail(self, status: int, text: str) -> None:
@@ -181,6 +205,9 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"error": text}, status=status, **{"X-Error-Message": text})
 
     def answer(self, data: Any, *, status: int = 200, **headers: str) -> None:
+        if self.lost:
+            self.close_connection = True
+            return
         body = json.dumps(data).encode()
         self.send_response(status)
         for name, value in headers.items():
@@ -192,6 +219,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         pass
+
+
+def entry_of(path: str, content: bytes) -> dict[str, Any]:
+    """Return a file as the Hub lists it."""
+    entry = {
+        "type": "file",
+        "path": path,
+        "size": len(content),
+        "oid": content_name(content, False),
+    }
+    if path.endswith(".safetensors"):
+        digest = content_name(content, True)
+        entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
+    return entry
 
 
 def content_name(data: bytes, large: bool) -> str:
@@ -206,6 +247,7 @@ ROUTES = {
     r"POST /api/validate-yaml": Handler.validate,
     r"POST /api/repos/create": Handler.create,
     r"GET /api/models/([\w-]+/[\w-]+)(?:/revision/(.+))?": Handler.info,
+    r"GET /api/models/(.+)/tree/(.+)": Handler.tree,
     r"POST /api/models/(.+)/branch/(.+)": Handler.branch,
     r"POST /api/models/(.+)/preupload/(.+)": Handler.preupload,
     r"POST /(.+)\.git/info/lfs/objects/batch": Handler.batch,

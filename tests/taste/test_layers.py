@@ -10,10 +10,11 @@ import llmprune
 
 HOME = Path(llmprune.__file__).parent
 ROOMS = (
-    "base", "remote", "catalog", "recipe", "arch", "stats", "score", "mask", "solver", "allocation",
-    "checkpoint", "calibration", "vocabulary", "walk", "hidden", "repair", "evaluation",
-    "delivery", "engine", "recovery", "report", "steps", "recovering", "runs", "deltas",
-    "measuring", "api", "commands", "cli",
+    "base", "remote", "catalog", "recipe", "arch", "stats", "score", "mask", "solver",
+    "allocation", "checkpoint", "calibration", "vocabulary", "walk", "hidden", "repair",
+    "evaluation", "analysis", "delivery", "engine", "recovery", "report", "pages", "pushing",
+    "steps", "collecting", "recovering", "runs", "deltas", "measuring", "analyzing", "comparison", "comparing",
+    "api", "commands", "cli",
 )  # fmt: skip
 FILES = sorted(HOME.rglob("*.py"))
 

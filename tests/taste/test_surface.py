@@ -22,10 +22,13 @@ from llmprune.recovery.soft import SOFT_MASKS
 
 PUBLIC = [
     "METHODS",
+    "Comparison",
     "LlmpruneError",
     "Recipe",
     "Report",
+    "analyze",
     "bench",
+    "compare",
     "evaluate",
     "gate",
     "inspect",
@@ -54,6 +57,7 @@ FLAGS = [
     "--out",
     "--overwrite",
     "--pattern",
+    "--profile",
     "--quiet",
     "--recipe",
     "--revision",
@@ -66,8 +70,22 @@ FLAGS = [
     "--version",
 ]
 COMMANDS = [
-    *("bench", "delta", "eval", "export", "gate", "inspect", "methods", "plan", "push", "recover"),
+    *(
+        "analyze",
+        "bench",
+        "compare",
+        "delta",
+        "eval",
+        "export",
+        "gate",
+        "inspect",
+        "methods",
+        "plan",
+        "push",
+        "recover",
+    ),
     "show",
+    "stats",
 ]
 EVAL_FLAGS = [
     "--apply-chat-template",
@@ -80,6 +98,7 @@ EVAL_FLAGS = [
     "--include-path",
     "--json",
     "--limit",
+    "--no-cache",
     "--num-fewshot",
     "--num-windows",
     "--perplexity",
@@ -170,7 +189,7 @@ def test_the_flags_of_eval_are_frozen() -> None:
 
 def test_plan_takes_the_flags_that_make_a_recipe() -> None:
     group = typer.main.get_command(cli.app)
-    run_only = {"--dry-run", "--overwrite", "--quiet", "--version"}
+    run_only = {"--dry-run", "--overwrite", "--profile", "--quiet", "--version"}
     assert set(flags_of(group.commands["plan"])) == set(FLAGS) - run_only
 
 

@@ -1,0 +1,183 @@
+"""The processes of one run: which this one is, which share is its, and messages between them.
+
+Processes are started by torchrun or accelerate, and found by accelerate; alone there is one. The
+first leads: it tells all others the same, and hears from them one after another. Messages go over
+gloo and lie on the host, so they need no device and wait as long as a block may take.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from llmprune.base.errors import LostProcess, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PATIENCE = timedelta(hours=24)  # a survey on the first process may take long, not for ever
+PIECE = 2**30  # bytes of a message that are sent at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """A process among those of a run: the first has rank 0.
+
+    >>> World(rank=1, size=2).share(5), World().share(5)
+    (slice(3, 5, None), slice(0, 5, None))
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    def share(self, count: int) -> slice:
+        """Return which of `count` items in order are this process's.
+
+        Shares are contiguous, and earlier processes have one more where they cannot be equal.
+        """
+        each, more = divmod(count, self.size)
+        start = self.rank * each + min(self.rank, more)
+        return slice(start, start + each + (self.rank < more))
+
+    def tell(self, message: Any) -> None:
+        """Send what can be pickled from the first process to all others; tensors arrive on the
+        host.
+
+        Raises:
+            LostProcess: one of them has ended.
+        """
+        import torch.distributed as dist
+
+        if self.size > 1:
+            with _reached():
+                data = _packed(message)
+                dist.broadcast(_length(data), 0, group=self.group)
+                self._spread(data)
+
+    def told(self) -> Any:
+        """Wait for what the first process tells.
+
+        Raises:
+            LostProcess: it has ended.
+        """
+        import torch
+        import torch.distributed as dist
+
+        with _reached():
+            length = torch.zeros(1, dtype=torch.int64)
+            dist.broadcast(length, 0, group=self.group)
+            data = torch.empty(int(length), dtype=torch.uint8)
+            self._spread(data)
+        return _unpacked(data)
+
+    def answer(self, message: Any) -> None:
+        """Send what can be pickled to the first process, which must ask for it.
+
+        Raises:
+            LostProcess: it has ended.
+        """
+        import torch.distributed as dist
+
+        with _reached():
+            data = _packed(message)
+            dist.send(_length(data), 0, group=self.group)
+            for part in data.split(PIECE):
+                dist.send(part, 0, group=self.group)
+
+    def answer_of(self, rank: int) -> Any:
+        """Wait for a message of another process.
+
+        Raises:
+            LostProcess: it has ended.
+        """
+        import torch
+        import torch.distributed as dist
+
+        with _reached():
+            length = torch.zeros(1, dtype=torch.int64)
+            dist.recv(length, rank, group=self.group)
+            data = torch.empty(int(length), dtype=torch.uint8)
+            for part in data.split(PIECE):
+                dist.recv(part, rank, group=self.group)
+        return _unpacked(data)
+
+    def _spread(self, data: Tensor) -> None:
+        """Send bytes from the first process to all others, in place."""
+        import torch.distributed as dist
+
+        for part in data.split(PIECE):
+            dist.broadcast(part, 0, group=self.group)
+
+
+def open_world(*, cpu: bool) -> World:
+    """Return this process among those that torchrun or accelerate started; `cpu` leaves GPUs alone.
+
+    Without either there is one process, and nothing is opened.
+    """
+    if num_processes() < 2:
+        return World()
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    state = PartialState(cpu=cpu)
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return World(rank=state.process_index, size=state.num_processes, group=group)
+
+
+def num_processes() -> int:
+    """Return how many processes were started together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def processes_here() -> int:
+    """Return how many of them run on this computer, and share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(num_processes())))
+
+
+def is_first() -> bool:
+    """Tell whether this process is the one that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    """Say what to do where a process cannot be reached.
+
+    Raises:
+        LostProcess: it has ended, or has not answered for long.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # all that gloo raises
+        raise LostProcess(
+            f"another process of this run has ended or does not answer ({first_line(error)}). Its "
+            "own message is above. All stop; the same command with as many processes resumes."
+        ) from error
+
+
+def _packed(message: Any) -> Tensor:
+    """Return a message as bytes, a tensor on the host."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(message, buffer)
+    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+
+
+def _unpacked(data: Tensor) -> Any:
+    """Return the message that bytes hold; they came from a process of the same run."""
+    import torch
+
+    return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=False)
+
+
+def _length(data: Tensor) -> Tensor:
+    import torch
+
+    return torch.tensor([len(data)])
