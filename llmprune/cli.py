@@ -364,9 +364,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _terminate)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started us: `llmprune ... >&-`
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by who started us: `llmprune ... >&-`
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "--quiet" in given or "--json" in given:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

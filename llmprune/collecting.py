@@ -16,6 +16,7 @@ from llmprune.base.errors import RecipeError
 from llmprune.base.progress import Progress
 from llmprune.base.world import num_processes
 from llmprune.checkpoint.sink import hash_file, write_json, write_tensors
+from llmprune.checkpoint.source import check_free_space
 from llmprune.engine.calibrating import run_text
 from llmprune.engine.collected import (
     INDEX,
@@ -29,7 +30,7 @@ from llmprune.engine.records import Records, check_out
 from llmprune.stats.keeping import stored
 from llmprune.steps import check_tokens
 from llmprune.walk.forward import embed
-from llmprune.walk.observation import Sums, in_rounds, observe
+from llmprune.walk.observation import Sums, in_rounds, observe, statistics_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,9 @@ def collect(
     assert text.tokens is not None
     check_tokens(text.tokens, opened.blocks.model.config)
     names = tuple(dict.fromkeys((*plan.parts.cut, *plan.parts.around)))
+    anatomies = [opened.blocks.anatomy(index) for index in range(len(opened.blocks))]
+    size = sum(statistics_bytes(one, {tap.name: names for tap in one.taps}) for one in anatomies)
+    check_free_space(out, size, "the statistics")
     with _whole(out) as folder:
         blocks = _collect_blocks(opened, text.tokens, names, folder, progress)
         record = {
@@ -135,6 +139,7 @@ def _collect_blocks(
             found.append(taps)
             stage.advance(f"block {index}")
     stream.hidden.close()
+    shutil.rmtree(folder / "hidden", ignore_errors=True)
     return found
 
 

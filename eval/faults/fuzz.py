@@ -5,8 +5,8 @@
 Every case is one file of a pico model or run with a few changes drawn from a seed. It must end
 with code 0 or 2 within the time and memory given, print no traceback, and write nothing but its
 --out. What does not is printed, and kept in DIR. Children take the cases in lots; a limit on
-address space and an alarm hold each. One case in forty is a whole run; configs, indexes, headers and recipes
-stop at the plan, tokenizers and texts when the text has been read.
+address space and an alarm hold each. One case in forty is a whole run; configs, indexes, headers
+and recipes stop at the plan, tokenizers and texts when the text has been read.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def arguments() -> argparse.Namespace:
     asked.out = asked.out.resolve()
     if "llmcompressor" in asked.tools and not python_of("llmcompressor", asked.peers).exists():
         parser.error(
-            f"--peers {asked.peers or 'not given'}: llm-compressor is run in an environment made by "
+            f"--peers {asked.peers or 'not given'}: llm-compressor needs an environment, made by "
             "sh eval/peers/setup.sh FOLDER; or name other --tools: ours published floor"
         )
     wrong = [text for text in asked.batches if text != "default" and not text.isdecimal()]

@@ -202,7 +202,7 @@ def _memory(plan: Plan) -> str:
 def _times(plan: Plan) -> str:
     """Return how often that is taken up where several processes run on this computer."""
     here = processes_here()
-    return f"; as much again in each of {here} processes here" if here > 1 else ""
+    return f"; that in each of the {here} processes here" if here > 1 else ""
 
 
 def _disk(plan: Plan) -> str:

@@ -18,8 +18,8 @@ from llmprune.arch.products import Products, slices
 from llmprune.base.errors import NumericalError, UnsupportedModel
 from llmprune.calibration.replay import call
 from llmprune.stats import STATISTICS
-from llmprune.stats.residual import ResidualSums
 from llmprune.stats.keeping import joined
+from llmprune.stats.residual import ResidualSums
 from llmprune.stats.types import Stats
 from llmprune.walk.block import Block
 from llmprune.walk.forward import Stream

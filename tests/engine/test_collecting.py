@@ -167,7 +167,7 @@ def test_a_damaged_file_is_found_before_it_is_used(
     shutil.copytree(second, broken)
     file = broken / "block-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(CheckpointError, match="block-00002.*not what was written"):
+    with pytest.raises(CheckpointError, match=r"block-00002.*not what was written"):
         collecting.merge([first, broken], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
     wish = wish_of(pico("llama"), tmp_path / "out", "wanda", f"calibration.statistics={broken}")

@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmprune import api
+from llmprune import api, cli
 from llmprune.base.errors import LostProcess, NumericalError, RecipeError
 from llmprune.base.progress import Progress
 from llmprune.base.world import World, _packed, _unpacked
@@ -31,7 +31,7 @@ from llmprune.engine.opening import open_plan
 from llmprune.steps import run_streamed
 from llmprune.walk.forward import embed
 from llmprune.walk.observation import Sums, observe, watch_batches
-from llmprune.walk.sharing import leading
+from llmprune.walk.sharing import await_end, leading
 
 NUM_SAMPLES = 5
 
@@ -180,6 +180,46 @@ def test_a_fault_of_another_process_is_told_by_the_first_and_ends_all(
     with pytest.raises(NumericalError, match="block 0 in process 1"):
         together(2, wish_of(pico("llama"), text_file, tmp_path / "two", "wanda"))
     assert not (tmp_path / "two").exists() and not (tmp_path / "two.partial").exists()
+
+
+def test_the_first_process_speaks_for_all_and_others_where_it_does_not_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("llmprune.cli.time.sleep", slept.append)
+    monkeypatch.setattr("llmprune.cli.signal.signal", lambda number, handler: None)
+    for rank, code, said in (
+        ("0", 2, "error: wrong\n"),
+        ("1", 2, "error: process 1: wrong\n"),
+        ("1", 130, ""),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as ended:
+            cli._fail([], "wrong", code)
+        assert ended.value.code == code and capsys.readouterr().err == said
+    assert slept == [cli.FIRST_SPEAKS]
+
+
+def test_the_others_hear_whether_the_first_process_has_failed() -> None:
+    table = Table(2)
+    first, other = (Seat(rank=rank, size=2, table=table) for rank in range(2))
+    with table.turn:
+        with leading(first):
+            pass
+        await_end(other)
+        with pytest.raises(RecipeError), leading(first):
+            raise RecipeError("wrong")
+        with pytest.raises(LostProcess, match="first process has stopped"):
+            await_end(other)
+
+
+def test_the_plan_says_that_every_process_takes_memory(
+    pico: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = wish_of(pico("llama"), text_file, tmp_path / "out", "wanda")
+    assert "processes here" not in repr(open_plan(recipe).plan)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "that in each of the 3 processes here" in repr(open_plan(recipe).plan)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 7])
