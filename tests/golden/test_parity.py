@@ -61,7 +61,7 @@ def pruned(name: str, tokens: dict[str, Tensor], out: Path) -> tuple[dict[str, T
     return ours, of_model(model, tokens["evaluation"], micro_batch=4)[0]
 
 
-@pytest.mark.parametrize("name", ["wanda-0.5", "wanda-2of4"])
+@pytest.mark.parametrize("name", ["wanda-0.5", pytest.param("wanda-2of4", marks=pytest.mark.slow)])
 def test_wanda_agrees_with_the_published_masks(
     name: str, tokens: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
