@@ -18,6 +18,7 @@ from llmprune.base.errors import CheckpointError, RecipeError
 from llmprune.base.registry import unknown
 from llmprune.checkpoint.sink import write_json
 from llmprune.pages.analyses import analysis_page, written
+from llmprune.pages.result import ANALYSIS, renew_page
 
 if TYPE_CHECKING:
     from llmprune.report.plots import Picture
@@ -110,6 +111,8 @@ class Analysis:
             write_json(partial / CONTENT, self.to_dict())
             shutil.rmtree(out, ignore_errors=True)
             os.replace(partial, out)
+            if out.name == ANALYSIS:
+                renew_page(out.parents[1])
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(

@@ -11,13 +11,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from llmprune.base.errors import CheckpointError, LlmpruneError
 from llmprune.base.progress import Progress, human_bytes, human_count
 from llmprune.checkpoint.sink import settle, write_failed
 from llmprune.checkpoint.source import read_json
 from llmprune.pages.blocks import allocation_part, errors_part, sparsity_part
 from llmprune.pages.distributions import distributions_part
-from llmprune.pages.document import Section, card_row, page, together
+from llmprune.pages.document import Section, card_row, listed, page, together
 from llmprune.pages.making import beginning_part, data_part, left_part, warnings_part
 from llmprune.pages.quality import perplexity_part, speed_part, tasks_part, training_part
 from llmprune.pages.samples import samples_part
@@ -27,10 +29,17 @@ from llmprune.report.run import Report
 from llmprune.report.tables import report_lines
 
 PAGE = "report.html"
+ANALYSIS = "analysis"  # the folder beside the page that `llmprune analyze` fills
 
 
-def report_page(data: Mapping[str, Any], later: Mapping[str, Any] | None = None) -> str:
+def report_page(
+    data: Mapping[str, Any],
+    later: Mapping[str, Any] | None = None,
+    analysis: Mapping[str, Any] | None = None,
+) -> str:
     """Return the page of a result as HTML; `data` is report.json, `later` evaluations.json.
+
+    `analysis` is the analysis.json that lies with the result, whose own page is linked.
 
     Raises:
         CheckpointError: the report lacks what every report of llmprune has.
@@ -48,6 +57,7 @@ def report_page(data: Mapping[str, Any], later: Mapping[str, Any] | None = None)
             perplexity_part(data, later),
             tasks_part(data, later),
             speed_part(later),
+            _analysis_part(analysis),
             samples_part(data),
             left_part(data),
             warnings_part(data),
@@ -71,8 +81,12 @@ def write_page(folder: str | Path, path: str | Path | None = None) -> Path:
     """
     own = Path(folder) / "llmprune"
     data = Report.read(folder).data
-    later = own / "evaluations.json"
-    text = report_page(data, read_json(later) if later.exists() else {})
+    later, analysis = own / "evaluations.json", own / ANALYSIS / "analysis.json"
+    text = report_page(
+        data,
+        read_json(later) if later.exists() else {},
+        read_json(analysis) if analysis.exists() else None,
+    )
     return write_text(Path(path) if path is not None else own / PAGE, text)
 
 
@@ -109,6 +123,21 @@ def write_text(path: Path, text: str) -> Path:
             temporary.unlink()
         raise write_failed(path, error) from error
     return path
+
+
+def _analysis_part(analysis: Mapping[str, Any] | None) -> Section | None:
+    """Return what an analysis found, in its own sentences, and where to read more."""
+    if not analysis:
+        return None
+    found = [
+        f"{finding['title']}: {' '.join(finding['means'])}"
+        for finding in analysis["findings"].values()
+        if finding.get("means")
+    ]
+    link = Markup('<p><a href="{}">All tables and charts</a></p>').format(
+        f"{ANALYSIS}/analysis.html"
+    )
+    return Section("Analysis", together([listed(found), link]))
 
 
 def _title(data: Mapping[str, Any]) -> tuple[str, str]:

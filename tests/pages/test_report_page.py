@@ -107,6 +107,18 @@ def test_names_prompts_and_warnings_cannot_smuggle_markup(folder: Path) -> None:
     assert HOSTILE in reader.of("td")
 
 
+def test_an_analysis_is_told_and_its_page_linked(folder: Path) -> None:
+    data = Report.read(folder).data
+    finding = {"title": "Alike", "means": [f"Block 1 moved furthest {HOSTILE}."]}
+    analysis = {"findings": {"cka": finding, "pq": {"title": "Nothing", "means": []}}}
+    reader = Reader(report_page(data, {}, analysis))
+    assert "Analysis" in reader.of("h2")
+    assert f"Alike: Block 1 moved furthest {HOSTILE}." in reader.of("li")
+    assert "All tables and charts" in reader.of("a")
+    assert not any("Nothing" in text for text in reader.of("li"))
+    assert "Analysis" not in Reader(report_page(data)).of("h2")
+
+
 def test_tasks_and_speed_stand_beside_the_dense_model(folder: Path) -> None:
     spread = {"median": 20.0, "low": 19.0, "high": 21.0, "values": [20.0]}
     speed = {"batch": 1, "prefill": spread, "decode": spread, "first_token": spread, "memory": 1000}
