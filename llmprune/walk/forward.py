@@ -137,20 +137,23 @@ def logits(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (micro-batch, first position, logits_BtV) of hidden states that have passed all blocks.
 
-    A chunk of positions holds at most `LOGITS` values, so a large vocabulary costs no memory.
+    A chunk of positions holds at most `LOGITS` values, so a large vocabulary costs no memory. While
+    the caller works on them its gradients are as it has them: a generator may be left unfinished,
+    and be closed in another thread.
     """
     import torch
 
     vocab = blocks.model.config.get_text_config().vocab_size
 
-    with torch.no_grad(), blocks.trunk(head=True) as model:
+    with blocks.trunk(head=True) as model:
         for batch in range(len(stream)):
             hidden = stream.hidden.get(batch, blocks.device)
             length = hidden.shape[-2]
             size = chunk or max(1, LOGITS // (vocab * hidden.shape[-3]))
             for start in range(0, length, size):
                 part = hidden[..., start : start + size, :]
-                found = head(model, blocks.modules, part, returns=blocks.family.returns)
+                with torch.no_grad():
+                    found = head(model, blocks.modules, part, returns=blocks.family.returns)
                 yield batch, start, found
 
 

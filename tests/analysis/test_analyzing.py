@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,30 +31,31 @@ class _Verdict:
 @pytest.fixture(scope="session")
 def pruned(
     pico: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Make]:
+) -> Make:
     """Return what prunes a pico model: `pruned("name", **wishes)`, once for each name."""
     home = tmp_path_factory.mktemp("pruned")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmprune.steps.pass_gate", lambda *args, **kwargs: _Verdict())
 
-        def make(name: str, **wishes: Any) -> Path:
-            out = home / name
-            wishes = {"sparsity": 0.5, "method": "magnitude", **wishes}
-            more = wishes.pop("settings", [])
-            if not out.exists():
-                api.prune(
-                    pico("llama"),
-                    **wishes,
-                    out=out,
-                    calib=str(text_file),
-                    num_samples=2,
-                    seq_len=16,
-                    settings=[f"evaluate.data={text_file}", "evaluate.perplexity=false", *more],
-                    quiet=True,
-                )
+    def make(name: str, **wishes: Any) -> Path:
+        out = home / name
+        wishes = {"sparsity": 0.5, "method": "magnitude", **wishes}
+        more = wishes.pop("settings", [])
+        if out.exists():
             return out
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("llmprune.steps.pass_gate", lambda *args, **kwargs: _Verdict())
+            api.prune(
+                pico("llama"),
+                **wishes,
+                out=out,
+                calib=str(text_file),
+                num_samples=2,
+                seq_len=16,
+                settings=[f"evaluate.data={text_file}", "evaluate.perplexity=false", *more],
+                quiet=True,
+            )
+        return out
 
-        yield make
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -211,6 +212,25 @@ def test_the_command_prints_tables_and_json(
     assert code == 2 and "perplexity: '' names no text" in err
     code, _, err = run("demo", "--bos", "maybe", "--num-windows", 1)
     assert code == 2 and "auto, true, false" in err
+
+
+@pytest.mark.slow
+def test_last_words_tell_the_dense_demo_from_chance_and_not_the_pruned_one(result: Path) -> None:
+    path = TASKS / "demo_last_word.jsonl"
+    items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    said = [
+        {word for word in re.findall(r"[^\W_]+", item["context"]) if len(word) > 3}
+        for item in items
+    ]
+    chance = sum(1 / len({word for word in words if word.islower()}) for words in said) / len(said)
+    found = evaluate(result, "demo_last_word", batch_size=16, device="cpu")
+    scores = {
+        role: next(score for score in found.scores[role] if score.metric == "acc")
+        for role in ("dense", "pruned")
+    }
+    dense, pruned = scores["dense"], scores["pruned"]
+    assert dense.stderr and dense.value >= chance + 4 * dense.stderr
+    assert pruned.value <= chance + 2 * (pruned.stderr or 0)
 
 
 @pytest.mark.slow

@@ -236,3 +236,19 @@ def test_a_head_stored_beside_the_embeddings_it_is_tied_to_is_its_own(
     walk(blocks, flow)
     found = torch.cat([part for _, _, part in logits(blocks, flow)], dim=1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_logits_that_are_not_read_to_the_end_leave_gradients_as_they_are(
+    pico: Pico, make_model: Callable[[str], Any]
+) -> None:
+    """Two models side by side: the first ends, the second is left where it is."""
+    tokens_NT = torch.arange(16).view(2, 8)
+    with in_memory(make_model("llama")) as blocks, in_memory(make_model("llama")) as others:
+        flow, other = embed(blocks, tokens_NT, 1), embed(others, tokens_NT, 1)
+        first, second = logits(blocks, flow), logits(others, other)
+        for _ in zip(first, second, strict=False):
+            assert torch.is_grad_enabled()
+        second.close()  # type: ignore[attr-defined]
+        assert torch.is_grad_enabled()
+        assert not next(logits(blocks, flow))[2].requires_grad
+    assert torch.is_grad_enabled()
