@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from llmprune import __version__, commands
+from llmprune import __version__
 from llmprune.base.errors import LlmpruneError, RecipeError
 from llmprune.base.progress import Progress
 from llmprune.base.world import is_first
+from llmprune.commands import looking, making, scoring, studying
 
 if TYPE_CHECKING:
     from llmprune.base.progress import Mode
@@ -253,24 +254,24 @@ def show_plans(recipe: Recipe, as_json: bool) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "inspect": commands.inspect,
-    "methods": commands.methods,
-    "gate": commands.gate,
-    "eval": commands.evaluate,
-    "recover": commands.recover,
-    "delta": commands.delta,
-    "export": commands.export,
-    "bench": commands.bench,
-    "analyze": commands.analyze,
-    "compare": commands.compare,
-    "show": commands.show,
-    "push": commands.push,
+    "inspect": looking.inspect,
+    "methods": looking.methods,
+    "gate": looking.gate,
+    "eval": scoring.evaluate,
+    "recover": making.recover,
+    "delta": making.delta,
+    "export": making.export,
+    "bench": scoring.bench,
+    "analyze": studying.analyze,
+    "compare": studying.compare,
+    "show": looking.show,
+    "push": making.push,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
 STATS: dict[str, Callable[..., None]] = {
-    "collect": commands.collect_stats,
-    "merge": commands.merge_stats,
+    "collect": studying.collect_stats,
+    "merge": studying.merge_stats,
 }
 stats = typer.Typer(
     help="Collect statistics of a model as a folder, and add several of them.",

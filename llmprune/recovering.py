@@ -52,6 +52,7 @@ from llmprune.recovery.student import (
     open_student,
     sparsity_facts,
 )
+from llmprune.recovery.taught import vocabulary
 from llmprune.recovery.writing import write_masks, write_trained
 from llmprune.report.recounting import block_rows
 from llmprune.report.run import Report
@@ -417,7 +418,7 @@ def _evaluate(
 ) -> dict[str, Any] | None:
     """Return the perplexity of the dense model where it still lies, before and after."""
     dense = open_origin(plan.source, plan.recipe, torch.float32)
-    if dense is not None and _vocabulary(dense) != _vocabulary(plan.blocks):
+    if dense is not None and vocabulary(dense) != vocabulary(plan.blocks):
         dense = None  # it reads the same text in other tokens
     sides: dict[str, Streamed | None] = {
         "dense": dense,
@@ -461,10 +462,6 @@ def _samples(
         )
         stage.advance(f"{len(prompts)} prompts")
     return {"samples": found}
-
-
-def _vocabulary(blocks: Streamed) -> int:
-    return int(blocks.model.config.get_text_config().vocab_size)
 
 
 def _check_finished(out: Path, fixed: Mapping[str, Any]) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 LARGE_PIECE = 4 * 2**20
@@ -22,6 +25,17 @@ def anonymous_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def free_bytes(device: torch.device) -> dict[str, int]:
+    """Return what is free by place: `memory`, and after it the device where that has its own."""
+    import psutil
+    import torch
+
+    free = {"memory": int(psutil.virtual_memory().available)}
+    if device.type == "cuda":
+        free[str(device)] = int(torch.cuda.mem_get_info(device)[0])
+    return free
 
 
 def map_large_pieces() -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.arch.limits import longest_sequence
 from llmprune.base.errors import NumericalError, RecipeError, TooLarge, first_line
+from llmprune.base.memory import free_bytes
 from llmprune.calibration.chat import Chats
 from llmprune.calibration.documents import open_text
 from llmprune.calibration.mix import Windows, window_record
@@ -305,21 +306,15 @@ def check_room(name: str, num_params: int, itemsize: int, device: torch.device) 
     Raises:
         TooLarge: it does not.
     """
-    import psutil
-    import torch
-
     needed = num_params * itemsize
-    free = {"memory": psutil.virtual_memory().available}
-    if device.type == "cuda":
-        free = {str(device): torch.cuda.mem_get_info(device)[0]}
-    for place, available in free.items():
-        if needed > available:
-            raise TooLarge(
-                f"calibration.data: to write its own text {name} must be in memory whole: "
-                f"{needed / 1e9:.2f} GB, and of {place} {available / 1e9:.2f} GB are free. "
-                "--dtype bfloat16 halves float32. Or let it write elsewhere, into a .jsonl file, "
-                "and give that: --calib FILE."
-            )
+    place, available = list(free_bytes(device).items())[-1]  # where it writes
+    if needed > available:
+        raise TooLarge(
+            f"calibration.data: to write its own text {name} must be in memory whole: "
+            f"{needed / 1e9:.2f} GB, and of {place} {available / 1e9:.2f} GB are free. "
+            "--dtype bfloat16 halves float32. Or let it write elsewhere, into a .jsonl file, "
+            "and give that: --calib FILE."
+        )
 
 
 def _prompt_texts(manner: Manner, tokenizer: Any) -> Iterator[str]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llmprune.base.errors import LlmpruneError, RecipeError, TooLarge, first_line
+from llmprune.base.memory import free_bytes
 from llmprune.evaluation.scores import Score, TaskFacts
 from llmprune.evaluation.tasks import hushed
 
@@ -105,14 +106,8 @@ def check_fits(name: str, num_params: int, itemsize: int, device: torch.device) 
     Raises:
         TooLarge: they do not.
     """
-    import psutil
-    import torch
-
     needed = num_params * itemsize
-    free = {"memory": psutil.virtual_memory().available}
-    if device.type == "cuda":
-        free[str(device)] = torch.cuda.mem_get_info(device)[0]
-    for place, available in free.items():
+    for place, available in free_bytes(device).items():
         if needed > available:
             raise TooLarge(
                 f"tasks: the weights of {name} need {needed / 1e9:.2f} GB, and of {place} "

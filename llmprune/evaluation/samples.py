@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llmprune.base.errors import first_line
+from llmprune.base.memory import free_bytes
 from llmprune.base.progress import human_bytes
 
 if TYPE_CHECKING:
@@ -106,14 +107,8 @@ def _written(
 
 def _too_large(source: Source, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why a model is not held in memory for this; None where there is ample room."""
-    import psutil
-    import torch
-
     needed = sum(entry.num_params for entry in source.entries.values()) * dtype.itemsize
-    free = psutil.virtual_memory().available
-    if device.type == "cuda":
-        free = min(free, torch.cuda.mem_get_info(device)[0])
-    if ROOM * needed <= free:
+    if ROOM * needed <= min(free_bytes(device).values()):
         return None
     return (
         f"{source.name} takes {human_bytes(needed)} in memory as a whole, and samples are written "

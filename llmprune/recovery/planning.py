@@ -26,7 +26,7 @@ from llmprune.recovery.refusals import check_fade, check_pattern, check_units
 from llmprune.recovery.regrowth import REGROWTHS
 from llmprune.recovery.schedules import SCHEDULES
 from llmprune.recovery.soft import SOFT_MASKS
-from llmprune.recovery.taught import decide_teacher
+from llmprune.recovery.taught import settled, why_untaught
 from llmprune.recovery.types import Recovery
 from llmprune.recovery.unit_counts import final_counts
 from llmprune.walk.streamed import Streamed
@@ -170,7 +170,7 @@ def open_recovery(recipe: Recipe, *, num_processes: int = 1) -> RecoverPlan:
     norms = "norms" in row.trains if norms is None else norms
     dtype = _dtype(recipe, row, stored, device)
     course = replace(_course(wish, row, seq_len, num_processes), half=dtype == torch.bfloat16)
-    wish, untaught = decide_teacher(
+    untaught = why_untaught(
         *(wish, source, recipe, blocks),
         pruned=form != DENSE,
         out=out,
@@ -181,7 +181,7 @@ def open_recovery(recipe: Recipe, *, num_processes: int = 1) -> RecoverPlan:
     hidden, checkpointing = _activations(blocks, course, seq_len, wish, num_params)
     return RecoverPlan(
         recipe=recipe,
-        wish=wish,
+        wish=settled(wish, untaught),
         untaught=untaught,
         name=name,
         row=row,

@@ -21,32 +21,23 @@ from llmprune.walk.streamed import Streamed
 AUTO, NONE, USUAL = "auto", "none", "kl"
 
 
-def decide_teacher(
-    wish: RecoverStep,
-    source: Source,
-    recipe: Recipe,
-    own: Streamed,
-    *,
-    pruned: bool,
-    out: Path,
-    num_tokens: int,
-) -> tuple[RecoverStep, str]:
-    """Return a wish that says whether the dense model teaches, and why it does not.
+def settled(wish: RecoverStep, why_not: str) -> RecoverStep:
+    """Return a wish that says whether the dense model teaches; not where there is a reason.
 
-    Where nothing is asked it does, if it still lies where it was and knows the same tokens, and if
-    what it says of `num_tokens` takes less than half of the disk that is left. Where training
-    itself removes weights it does not, because the published schedules learn from text alone.
+    Raises:
+        UnknownName, RecipeError: what is asked for is none, or does not go together.
     """
-    if wish.distill != AUTO:
-        asked = None if wish.distill == NONE else wish.distill
-        if asked is not None:
-            kinds_of(asked)
-        return wish.model_copy(update={"distill": asked}), ""
-    reason = _reason(wish, source, recipe, own, pruned=pruned, out=out, num_tokens=num_tokens)
-    return wish.model_copy(update={"distill": None if reason else USUAL}), reason
+    asked = wish.distill
+    if asked == AUTO:
+        asked = None if why_not else USUAL
+    elif asked == NONE:
+        asked = None
+    elif asked is not None:
+        kinds_of(asked)
+    return wish.model_copy(update={"distill": asked})
 
 
-def _reason(
+def why_untaught(
     wish: RecoverStep,
     source: Source,
     recipe: Recipe,
@@ -56,7 +47,14 @@ def _reason(
     out: Path,
     num_tokens: int,
 ) -> str:
-    """Return why the dense model does not teach; empty where it does."""
+    """Return why the dense model does not teach where nothing is asked; empty where it does.
+
+    It has to lie where it was and to know the same tokens, and what it says of `num_tokens` to take
+    less than half of the disk that is left. Where training itself removes weights it does not
+    teach, because the published schedules learn from text alone.
+    """
+    if wish.distill != AUTO:
+        return ""
     if not pruned:
         return "the model was not pruned"
     if wish.prune is not None:
