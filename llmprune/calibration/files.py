@@ -18,6 +18,7 @@ from typing import IO, Any, cast
 from llmprune.base.errors import RecipeError, UnknownName
 from llmprune.calibration.presets import PRESETS
 from llmprune.calibration.selection import DEMO, SUFFIXES, demo_file, place_of, suffix_of
+from llmprune.recipe.texts import ON_POLICY
 
 Row = dict[str, Any]
 
@@ -146,7 +147,9 @@ def _not_found(data: str, path: Path) -> str:
         return f"'{data}' is no file but a device, a pipe or a link to nothing. {_FORMATS}"
     known = [DEMO, *PRESETS]
     near_files = difflib.get_close_matches(path.name, sorted(files), n=1)
-    near = difflib.get_close_matches(data, known, n=1) or [str(folder / n) for n in near_files]
+    near = difflib.get_close_matches(data, [*known, ON_POLICY], n=1) or [
+        str(folder / n) for n in near_files
+    ]
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return (
         f"'{data}' is neither a known text ({', '.join(known)}) nor a file.{hint} "
