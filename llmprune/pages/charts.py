@@ -27,7 +27,7 @@ from llmprune.pages.drawing import (
 )
 from llmprune.pages.style import NUM_SERIES
 
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 68, 14, 12, 44
 
 Points = Sequence[tuple[float, float]]
 
