@@ -52,7 +52,8 @@ def main() -> None:
         for turn in range(asked.repeat):
             for wish in wishes(asked):
                 out = folder / "out"
-                shutil.rmtree(out, ignore_errors=True)
+                for left in folder.glob("out*"):  # an earlier run may have been stopped
+                    shutil.rmtree(left, ignore_errors=True)
                 row = wish | {"turn": turn, "model": model.name, "dtype": asked.dtype}
                 row |= {"tokens": f"{asked.num_samples}x{asked.seq_len}", "threads": asked.threads}
                 row |= measured(wish, model, tokens, out, asked)
