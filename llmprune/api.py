@@ -34,8 +34,9 @@ from llmprune.measuring import evaluate, perplexity, rolling_perplexity, store_m
 from llmprune.pushing import carry_out, check_wish, package_of
 from llmprune.recipe import Recipe, build, default_steps, override, recovery_recipe
 from llmprune.report.run import Report
+from llmprune.resident_steps import run_resident
 from llmprune.runs import plans_of, result_folder, run_recipe
-from llmprune.steps import run_resident, run_together
+from llmprune.steps import run_together
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,7 @@ from llmprune.base.progress import Progress
 from llmprune.base.world import num_processes
 from llmprune.checkpoint.sink import hash_file, write_json, write_tensors
 from llmprune.checkpoint.source import check_free_space
-from llmprune.engine.calibrating import run_text
+from llmprune.engine.calibrating import check_tokens, run_text
 from llmprune.engine.collected import (
     INDEX,
     Collected,
@@ -28,24 +28,30 @@ from llmprune.engine.collected import (
 from llmprune.engine.opening import Opened, open_plan
 from llmprune.engine.records import Records, check_out
 from llmprune.stats.keeping import stored
-from llmprune.steps import check_tokens
 from llmprune.walk.forward import embed
 from llmprune.walk.observation import Sums, in_rounds, observe, statistics_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from llmprune.engine.parts import Needs
     from llmprune.recipe import Recipe
 
 SAME = ("dtype", "attention", "statistics", "blocks")
 
 
 def collect(
-    recipe: Recipe, out: Path, progress: Progress, *, tokens: Tensor | None = None
+    recipe: Recipe,
+    out: Path,
+    progress: Progress,
+    *,
+    tokens: Tensor | None = None,
+    names: Sequence[str] | None = None,
 ) -> Collected:
     """Write the statistics that a recipe's method learns of its text, all of the dense model.
 
-    `tokens` (N, T) int64 take the place of the recipe's text.
+    `tokens` (N, T) int64 take the place of the recipe's text, and `names` of statistics that of
+    what its method learns.
 
     Raises:
         LlmpruneError: the method learns more than sums, or text or model cannot be read; nothing is
@@ -63,23 +69,32 @@ def collect(
     text = run_text(opened, Records(out=out), progress, before=None, finished=False, given=tokens)
     assert text.tokens is not None
     check_tokens(text.tokens, opened.blocks.model.config)
-    names = tuple(dict.fromkeys((*plan.parts.cut, *plan.parts.around)))
-    anatomies = [opened.blocks.anatomy(index) for index in range(len(opened.blocks))]
-    size = sum(statistics_bytes(one, {tap.name: names for tap in one.taps}) for one in anatomies)
-    check_free_space(out, size, "the statistics")
+    found = names_of(plan.parts) if names is None else tuple(names)
+    check_free_space(out, collected_bytes(opened, found), "the statistics")
     with _whole(out) as folder:
-        blocks = _collect_blocks(opened, text.tokens, names, folder, progress)
+        blocks = _collect_blocks(opened, text.tokens, found, folder, progress)
         record = {
             "llmprune": __version__,
             "model": {"name": opened.source.name, "fingerprint": opened.source.fingerprint()},
             "dtype": plan.dtype_name,
             "attention": opened.blocks.model.config._attn_implementation,
-            "statistics": list(names),
+            "statistics": list(found),
             "blocks": blocks,
             "texts": [{"tokens": text.hash, "num_tokens": text.tokens.numel()}],
         }
         _seal(folder, record)
     return read_collected(out)
+
+
+def names_of(parts: Needs) -> tuple[str, ...]:
+    """Return the statistics of taps that a run learns while blocks are cut."""
+    return tuple(dict.fromkeys((*parts.cut, *parts.around)))
+
+
+def collected_bytes(opened: Opened, names: tuple[str, ...]) -> int:
+    """Return how large a folder of these statistics is."""
+    anatomies = [opened.blocks.anatomy(index) for index in range(len(opened.blocks))]
+    return sum(statistics_bytes(one, {tap.name: names for tap in one.taps}) for one in anatomies)
 
 
 def merge(folders: Sequence[Path], out: Path) -> Collected:

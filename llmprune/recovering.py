@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune import __version__
+from llmprune.asking import perplexities, question_for, samples_of
 from llmprune.base.errors import LlmpruneError, NumericalError
 from llmprune.base.memory import (
     anonymous_bytes,
@@ -21,10 +20,9 @@ from llmprune.base.memory import (
     return_freed,
 )
 from llmprune.base.progress import Progress
+from llmprune.base.timeline import timed
 from llmprune.base.world import open_world
-from llmprune.calibration.heldout import evaluation_text
 from llmprune.calibration.mix import window_record
-from llmprune.calibration.selection import evaluation_data
 from llmprune.calibration.windows import token_hash
 from llmprune.checkpoint.sink import hash_file, write_json, write_tensors
 from llmprune.checkpoint.source import Source, check_free_space, open_folder, read_json
@@ -32,9 +30,8 @@ from llmprune.delivery.gate import clean_scratch, gate_tokens, pass_gate
 from llmprune.engine.calibrating import leaked_share
 from llmprune.engine.opening import open_origin, read_tokenizer
 from llmprune.engine.plan import sequence_length
-from llmprune.engine.records import OWN, Records, check_files, check_out, check_same_run
-from llmprune.evaluation.perplexity import Question, loss_of_blocks, pose
-from llmprune.evaluation.samples import prompts_of, write_samples
+from llmprune.engine.records import OWN, Records, check_out, check_same_run
+from llmprune.evaluation.perplexity import Question
 from llmprune.pages.result import PAGE, write_last
 from llmprune.recipe import PruneStep, Recipe, Step
 from llmprune.recovery.bank import Bank
@@ -56,7 +53,8 @@ from llmprune.recovery.taught import vocabulary
 from llmprune.recovery.writing import write_masks, write_trained
 from llmprune.report.recounting import block_rows
 from llmprune.report.run import Report
-from llmprune.steps import run_resident
+from llmprune.resident_steps import run_resident
+from llmprune.steps import check_same_result, is_result
 from llmprune.walk.forward import embed, logits, walk
 from llmprune.walk.sharing import await_end, leading
 from llmprune.walk.streamed import Streamed, stream
@@ -127,7 +125,7 @@ def _lead(
     records = Records(out=plan.out)
     unfinished = None if overwrite else records.run()
     overwrite = overwrite or records.replaces
-    finished = not overwrite and (plan.out / OWN / "report.json").exists()
+    finished = not overwrite and is_result(plan.out)
     if not finished:
         check_out(plan.out, plan.source.folder, overwrite=overwrite)
     with records.lock():
@@ -135,7 +133,7 @@ def _lead(
         fixed = dict(fixes(plan, token_hash(text.ids_NT), accelerator.num_processes))
         fixed |= {"chain": dict(chain)} if chain else {}
         if finished:
-            _check_finished(plan.out, fixed)
+            check_same_result(plan.out, fixed)
             records.tidy()
             if not (plan.out / OWN / PAGE).exists():  # killed right before it was written
                 write_last(plan.out, progress)
@@ -153,7 +151,7 @@ def _lead(
         progress.bind(records.own / "events.jsonl")
         try:
             report = _carry_out(plan, records, fixed, text, progress, accelerator)
-            report.data["calibration"] = record | {"leak": leak}  # type: ignore[index]
+            report.data["recovery"][-1]["text"] = record | {"leak": leak}
             write_json(records.own / "report.json", report.data)
             records.publish(overwrite=overwrite)
             write_last(plan.out, progress)
@@ -197,19 +195,19 @@ def _carry_out(
     clean_scratch(records.partial)
     question = _question(plan, progress)
     if plan.wish.distill:
-        with _timed(seconds, "teacher"):
+        with timed(seconds, "teacher"):
             fill_teacher(plan, examples, _teacher(records), progress)
-    with _timed(seconds, "load"):
+    with timed(seconds, "load"):
         student = open_student(plan, examples, accelerator.device)
     keep_large_pieces()
-    with _timed(seconds, "train"):
+    with timed(seconds, "train"):
         history = _train(plan, student, examples, records, progress, accelerator)
     map_large_pieces()
     return_freed()
-    with _timed(seconds, "merge"):
+    with timed(seconds, "merge"):
         hashes, merge = _merge(plan, student, records)
     progress.event("merged", **asdict(merge))
-    with _timed(seconds, "gate"), progress.stage("gate", 1) as stage:
+    with timed(seconds, "gate"), progress.stage("gate", 1) as stage:
         verdict = pass_gate(
             records.partial,
             device=torch.device("cpu"),
@@ -221,8 +219,8 @@ def _carry_out(
         stage.advance("loads in a fresh process")
     quality = None
     if question is not None:
-        with _timed(seconds, "evaluate"):
-            quality = _evaluate(plan, records.partial, question, progress)
+        with timed(seconds, "evaluate"):
+            quality = _quality(plan, records.partial, question, progress)
     before = plan.source.folder / OWN / "report.json"
     earlier = read_json(before) if before.exists() else {}
     data = _report(plan, earlier, fixed, history, merge, seconds, progress)
@@ -231,8 +229,8 @@ def _carry_out(
     if plan.wish.prune is not None:
         data |= sparsity_facts(plan, student) | {"blocks": block_rows(records.partial)}
     data |= {"gate": verdict.to_dict() | {"folder": str(plan.out)}, "perplexity": quality}
-    data |= {"samples": None} | _samples(plan, records.partial, progress, seconds)
-    data |= {"seconds": dict(seconds)}
+    samples = _samples(plan, records.partial, progress, seconds)
+    data |= {"samples": samples, "seconds": dict(seconds)}
     masks = {f"{OWN}/{path.name}": hash_file(path) for path in sorted(records.own.glob("masks-*"))}
     return Report(data | {"files": hashes | masks})
 
@@ -391,93 +389,41 @@ def _text(
 
 def _question(plan: RecoverPlan, progress: Progress) -> Question | None:
     """Return what dense, pruned and recovered models will be asked for their perplexity."""
-    wish = plan.recipe.evaluate
-    if wish is None or wish.perplexity is False:
-        return None
-    data = evaluation_data(plan.recipe)
-    try:
-        tokenizer = read_tokenizer(plan.source, plan.recipe)
-        return pose(
-            evaluation_text(data, tokenizer=tokenizer),
-            tokenizer,
-            data=data,
-            seq_len=sequence_length(plan.recipe, plan.blocks.model.config),
-            stride=wish.stride,
-            num_windows=wish.num_windows,
-            bos=wish.bos,
-        )
-    except LlmpruneError as error:
-        if wish.perplexity is True:
-            raise
-        progress.warn(f"perplexity is not measured: {error}")
-        return None
+    config, wish = plan.blocks.model.config, plan.recipe.evaluate
+    return question_for(
+        *(plan.source, plan.recipe, config, progress),
+        seq_len=sequence_length(plan.recipe, config),
+        num_windows=wish.num_windows if wish else None,
+    )
 
 
-def _evaluate(
+def _quality(
     plan: RecoverPlan, folder: Path, question: Question, progress: Progress
 ) -> dict[str, Any] | None:
     """Return the perplexity of the dense model where it still lies, before and after."""
     dense = open_origin(plan.source, plan.recipe, torch.float32)
     if dense is not None and vocabulary(dense) != vocabulary(plan.blocks):
         dense = None  # it reads the same text in other tokens
-    sides: dict[str, Streamed | None] = {
+    sides = {
         "dense": dense,
         "before": _blocks_of(plan, plan.source),
         "pruned": _blocks_of(plan, open_folder(folder)),
     }
-    found = {}
-    with progress.stage("perplexity", len(sides)) as stage:
-        for name, blocks in sides.items():
-            if blocks is None:
-                stage.advance(name)
-                continue
-            try:
-                loss = loss_of_blocks(blocks, *question.windows)
-            except LlmpruneError as error:
-                progress.warn(f"perplexity is not measured: {error}")
-                return None
-            found[name] = asdict(question.answer(*loss, dtype=torch.float32))
-            stage.advance(name, perplexity=found[name]["value"])
-    return found
+    return perplexities(sides, question, progress, dtype=torch.float32)
 
 
 def _samples(
     plan: RecoverPlan, folder: Path, progress: Progress, seconds: dict[str, float]
-) -> dict[str, Any]:
-    """Return what the dense model, the one before and the result write; nothing if not asked."""
-    wish = plan.recipe.evaluate
-    prompts = () if wish is None else prompts_of(wish.prompts, wish.perplexity)
-    if wish is None or not prompts:
-        return {}
+) -> dict[str, Any] | None:
+    """Return what the dense model, the one before and the result write; None if not asked for."""
     dense = open_origin(plan.source, plan.recipe, torch.float32)
     models = {} if dense is None else {"dense": dense.source}
-    models |= {"before": plan.source, "after": open_folder(folder, name=str(plan.out))}
-    with _timed(seconds, "samples"), progress.stage("samples", 1) as stage:
-        found = write_samples(
-            *(models, prompts),
-            num_tokens=wish.new_tokens,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            trust_remote_code=plan.trust,
-        )
-        stage.advance(f"{len(prompts)} prompts")
-    return {"samples": found}
-
-
-def _check_finished(out: Path, fixed: Mapping[str, Any]) -> None:
-    """Check that a finished result is what is asked for.
-
-    Raises:
-        RecipeError: it is the result of another recipe, source or text.
-    """
-    open_folder(out)
-    check_files(out, Report.read(out).data.get("files") or {})
-    before = read_json(out / OWN / "run.json")
-    keys = ("recipe", "source", "tokens")
-    check_same_run(
-        {key: before.get(key) for key in keys},
-        {key: fixed[key] for key in keys},
-        f"{out} holds the result",
+    return samples_of(
+        models | {"before": plan.source, "after": open_folder(folder, name=str(plan.out))},
+        *(plan.recipe, progress, seconds),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        trust_remote_code=plan.trust,
     )
 
 
@@ -522,13 +468,3 @@ def _teacher(records: Records) -> Path:
 
 def _tokens_file(records: Records) -> Path:
     return records.own / "records" / "tokens.safetensors"
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Time a stage of the run."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[name] = round(time.perf_counter() - start, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+gc.disable()  # until all tests are collected: nothing of torch or transformers is garbage
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="llmprune-tests-")  # not the user's
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each: several would wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.initialization import TORCH_INIT_FUNCTIONS
 from transformers.utils import logging
 
-from llmprune import api, steps
+from llmprune import api, recovering, resident_steps, steps
 from llmprune.arch.miniature import miniature_model
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.skeleton import Skeleton, build_skeleton, read_config
@@ -47,6 +49,12 @@ Pico = Callable[..., Path]
 
 FAMILY_NAMES = ("llama", "qwen3", "gpt2", "gemma3_text", "mixtral")
 SYMBOLS = ["<unk>", "</s>", *string.ascii_letters, *" .,;!?'\n-:"]
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage be collected again, but never search what was imported for any."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
@@ -185,7 +193,7 @@ def once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "measure_rate", cache(plan.measure_rate))
-        for module in (opening, steps, api):
+        for module in (opening, resident_steps, api):
             patch.setattr(module, "check_walk", check_once)
         patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setitem(TORCH_INIT_FUNCTIONS, "normal_", draw_real)
@@ -223,6 +231,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no model write texts, which takes a while, but where a test asks for some."""
     monkeypatch.setattr(samples, "PROMPTS", ())
+
+
+@pytest.fixture(autouse=True)
+def no_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs write no page for browsers, but in the rooms whose tests look at pages."""
+    if request.path.parent.name not in ("faults", "pages", "report", "story"):
+        for module in (steps, recovering):
+            monkeypatch.setattr(module, "write_last", lambda folder, progress: None)
 
 
 @pytest.fixture

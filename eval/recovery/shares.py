@@ -5,8 +5,9 @@
 The demo model is not trained to the end, so training helps it whatever was pruned. The recovered
 share is therefore (loss(pruned) - loss(recovered)) / (loss(pruned) - loss(dense + the same
 training)): 1 says that pruning cost nothing that training did not give back. A pruning is
-METHOD@AMOUNT, and `random@0.6` a control. A method may set keys of the step, as in
-`mask-lora+distill=kl`. Every line is appended to --out, and what lies in --work is used again.
+METHOD@AMOUNT or METHOD@AMOUNT@PATTERN; `random@0.6` is a control, and so is a smaller dense model,
+`compact@0.5@heads+ffn-channels`. A method may set keys of the step, as in `mask-lora+distill=kl`.
+Every line is appended to --out, and what lies in --work is used again.
 """
 
 from __future__ import annotations
@@ -74,11 +75,13 @@ def heldout_windows(asked: argparse.Namespace) -> Tensor:
 
 def pruned(pruning: str, seed: int, asked: argparse.Namespace) -> Path:
     """Return the folder of the demo model pruned so; made where it is missing."""
-    method, _, amount = pruning.partition("@")
+    method, amount, *pattern = pruning.split("@")
     out: Path = asked.work / f"{pruning.replace(':', 'of')}-{seed}"
     if out.exists():
         return out
     wish: dict[str, Any] = {"pattern": amount} if ":" in amount else {"sparsity": float(amount)}
+    if pattern:
+        wish["pattern"] = pattern[0]
     llmprune.prune(
         "demo", method=method, out=out, seed=seed, quiet=True,
         settings=["evaluate.perplexity=false"], **wish,

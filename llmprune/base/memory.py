@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from llmprune.base.errors import LlmpruneError, TooLarge
 
 if TYPE_CHECKING:
     import torch
@@ -98,3 +102,24 @@ def parse_size(text: str | int) -> int:
         raise ValueError(f"{text!r} is not a size; type 8GB, 512MiB or a number of bytes")
     unit = found[2].upper()
     return int(float(found[1]) * (BINARY[unit] if found[3] and unit else UNITS[unit]))
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn an allocator's failure into a message that says what lowers memory."""
+    import torch
+
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+            words in text for words in ("can't allocate memory", "out of memory", "Cannot allocate")
+        )
+        if not is_memory or isinstance(error, LlmpruneError):
+            raise
+        raise TooLarge(
+            f"out of memory ({text.splitlines()[0] if text else type(error).__name__}). Fewer "
+            "--num-samples, a shorter --seq-len or a lower --max-memory need less; the same "
+            "command resumes."
+        ) from error

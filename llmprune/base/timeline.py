@@ -99,6 +99,18 @@ class Clock(dict[str, float]):
             self[name] = self.get(name, 0.0) + time.perf_counter() - start
 
 
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Keep what a stage of a run takes, in a timeline as well where the seconds are a clock's."""
+    start = time.perf_counter()
+    timeline = seconds.timeline if isinstance(seconds, Clock) else Timeline()
+    try:
+        with timeline.span(name):
+            yield
+    finally:
+        seconds[name] = round(time.perf_counter() - start, 3)
+
+
 def _own_seconds(spans: list[Span]) -> dict[str, float]:
     """Return the seconds by name of one thread's spans, outer ones before those within them."""
     found: dict[str, float] = {}

@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from llmprune.asking import evaluation_question
 from llmprune.base.progress import Progress
 from llmprune.calibration.mix import Windows, wish_hash
 from llmprune.calibration.windows import token_hash
@@ -27,7 +28,7 @@ from llmprune.checkpoint.sink import write_json, write_tensors
 from llmprune.checkpoint.source import open_folder, read_json
 from llmprune.comparison.grid import Grid
 from llmprune.delivery.heterogeneous import is_own_code
-from llmprune.engine.calibrating import calibration_windows, leaked_share, run_text
+from llmprune.engine.calibrating import calibration_windows, check_tokens, leaked_share, run_text
 from llmprune.engine.folder import what_fixes
 from llmprune.engine.gradients import take_gradients
 from llmprune.engine.opening import Opened, open_blocks, open_plan, read_tokenizer
@@ -36,7 +37,6 @@ from llmprune.engine.sites import linears_of
 from llmprune.evaluation.perplexity import Question, loss_of_blocks
 from llmprune.evaluation.windows import Windows as Asked
 from llmprune.measuring import evaluate
-from llmprune.steps import check_tokens, evaluation_question
 from llmprune.walk.streamed import Streamed
 
 WINDOWS, DENSE, GRADIENTS = "calibration windows", "dense baseline", "gradients"

@@ -12,6 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from llmprune.arch.limits import longest_sequence
+from llmprune.base.errors import RecipeError
 from llmprune.base.memory import return_freed
 from llmprune.base.progress import Progress
 from llmprune.calibration.leak import MOST_SHARED, RUN, shared_share
@@ -228,3 +232,30 @@ def _kept_tokens(records: Records) -> Tensor | None:
 
 def _kept_file(records: Records) -> Path:
     return records.own / "records" / "tokens.safetensors"
+
+
+def check_tokens(tokens_NT: Tensor, config: Any) -> None:
+    """Check token ids that did not come from the model's own tokenizer, or may not have.
+
+    Raises:
+        RecipeError: not (N, T) whole numbers of the vocabulary, or longer than the model takes.
+    """
+    text = config.get_text_config()
+    whole = not tokens_NT.is_floating_point() and tokens_NT.dtype != torch.bool
+    if tokens_NT.ndim != 2 or not whole or not tokens_NT.numel():
+        raise RecipeError(
+            f"calibration: token ids of shape {tuple(tokens_NT.shape)}, {tokens_NT.dtype}. "
+            "Give whole numbers of shape (sequences, tokens)."
+        )
+    low, high = int(tokens_NT.min()), int(tokens_NT.max())
+    if low < 0 or high >= text.vocab_size:
+        raise RecipeError(
+            f"calibration: token ids from {low} to {high}, but the model's vocabulary has "
+            f"{text.vocab_size}. Use the tokenizer that belongs to this model."
+        )
+    most = longest_sequence(config)
+    if most and tokens_NT.shape[1] > most:
+        raise RecipeError(
+            f"calibration: sequences of {tokens_NT.shape[1]} tokens, where this model takes "
+            f"{most}. Cut them."
+        )

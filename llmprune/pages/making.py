@@ -9,7 +9,7 @@ from llmprune.base.progress import human_bytes
 from llmprune.pages.document import Section, folded, listed, paragraph, preformatted, together
 from llmprune.pages.tables import facts, table
 from llmprune.report.origin import beginning_of
-from llmprune.report.recoveries import last_wish
+from llmprune.report.recoveries import Read, texts_of
 from llmprune.report.reproduction import command_text, num_stages, recipe_text, wish_of
 
 
@@ -71,7 +71,7 @@ def warnings_part(data: Mapping[str, Any]) -> Section:
 def data_part(data: Mapping[str, Any]) -> Section | None:
     """Return text, seed, hashes, versions, device and times."""
     run = data.get("run") or {}
-    parts = [facts(_text(data), caption="Text")] if data.get("calibration") else []
+    parts = [facts(_text(read), caption=f"Text of {read.use}") for read in texts_of(data)]
     machine = list(_machine(data, run))
     parts.append(facts(machine, caption="Versions and device"))
     hashes = list(_hashes(run))
@@ -101,10 +101,9 @@ def _sizes(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _text(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    record = data["calibration"]
-    what = "calibration" if last_wish(data) is None else "training"
-    yield what, f"{record['num_windows']:,} windows of {record['seq_len']:,} tokens"
+def _text(read: Read) -> Iterator[tuple[str, str]]:
+    record = read.record
+    yield read.use, f"{record['num_windows']:,} windows of {record['seq_len']:,} tokens"
     for one in record["texts"]:
         split = f", {one['split']}" if one.get("split") else ""
         yield "from", f"{one['data']}{split} ({one['num_windows']:,} windows)"

@@ -13,7 +13,14 @@ from llmprune.report.kinds import by_kind
 from llmprune.report.licences import terms_of
 from llmprune.report.making import code, how_made
 from llmprune.report.origin import Origin, kept_facts, origin_of
-from llmprune.report.recoveries import cut_method, cut_while_trained, is_pruned, last_wish, sides
+from llmprune.report.recoveries import (
+    cut_method,
+    cut_while_trained,
+    is_pruned,
+    last_wish,
+    sides,
+    texts_of,
+)
 from llmprune.report.stages import (
     accepted_line,
     fallback_line,
@@ -232,9 +239,10 @@ def _quality(data: Mapping[str, Any], results: Sequence[Measured]) -> str:
     ]
     head = ("measured", "how", "dense", *before, labels[-1] if labels else _result(data))
     text = markdown_table(head, rows)
-    if leak := (data.get("calibration") or {}).get("leak"):
-        learnt = "calibrated on" if last_wish(data) is None else "trained on"
-        text += f"\n\n{leak:.1%} of the text that perplexity was measured on was {learnt}."
+    for use, record in texts_of(data):
+        if leak := record.get("leak"):
+            learnt = "calibrated" if use == "calibration" else "trained"
+            text += f"\n\n{leak:.1%} of the text that perplexity was measured on was {learnt} on."
     return text
 
 

@@ -7,7 +7,13 @@ from typing import Any
 
 from llmprune.report.coverage import coverage_line
 from llmprune.report.origin import Origin, beginning_of
-from llmprune.report.recoveries import cut_while_trained, is_pruned, last_wish
+from llmprune.report.recoveries import (
+    Read,
+    cut_while_trained,
+    is_pruned,
+    last_wish,
+    texts_of,
+)
 from llmprune.report.reproduction import making_text, wish_of
 
 
@@ -21,7 +27,7 @@ def how_made(data: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], origin:
         wishes[0]["model"], local = origin.hub_id, False
     text = [
         making_text(wishes),
-        f"The whole recipe is in `llmprune/run.json`. {_calibration(data)}",
+        f"The whole recipe is in `llmprune/run.json`. {_texts(data)}",
     ]
     if local:
         text.append(f"{code(wishes[0]['model'])} stands for {_stand_in(data, is_base)}.")
@@ -45,12 +51,16 @@ def _stand_in(data: Mapping[str, Any], is_base: bool) -> str:
     return "the earlier result of llmprune that this one was made from"
 
 
-def _calibration(data: Mapping[str, Any]) -> str:
-    """Return what the statistics were learnt from; texts in files are not part of the result."""
-    record = data.get("calibration")
-    if not record:
+def _texts(data: Mapping[str, Any]) -> str:
+    """Return what the result learnt from; texts in files are not part of it."""
+    found = texts_of(data)
+    if not found:
         return "No calibration text was used."
-    trained = last_wish(data) is not None
+    return " ".join(_text(read, data) for read in found)
+
+
+def _text(read: Read, data: Mapping[str, Any]) -> str:
+    record, trained = read.record, read.use == "training"
     done = "Trained" if trained else "Calibrated"
     text = f"{done} on {record['num_windows']} windows of {record['seq_len']} tokens"
     if len(record["texts"]) == 1:

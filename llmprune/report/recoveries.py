@@ -29,6 +29,13 @@ class Recovery(NamedTuple):
         return row.paper if row else ""
 
 
+class Read(NamedTuple):
+    """A text that a result has read: for what, and what is known of it."""
+
+    use: str
+    record: Mapping[str, Any]
+
+
 class Side(NamedTuple):
     """A model that perplexity was measured of, and what it is called beside the others."""
 
@@ -80,6 +87,13 @@ def cut_method(data: Mapping[str, Any]) -> str:
 def is_pruned(data: Mapping[str, Any]) -> bool:
     """Tell whether llmprune removed anything of a result; else its zeros are another tool's."""
     return bool(data.get("method"))
+
+
+def texts_of(data: Mapping[str, Any]) -> list[Read]:
+    """Return the texts that a result was calibrated and trained on, those known, by `use`."""
+    calibrated = [Read("calibration", data["calibration"])] if data.get("calibration") else []
+    records = data.get("recovery") or ()
+    return calibrated + [Read("training", one["text"]) for one in records if one.get("text")]
 
 
 def recovery_lines(data: Mapping[str, Any]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from llmprune.recipe import build, recovery_recipe
 from llmprune.recipe.dialect import load
 from llmprune.report.publishing import pack
 from llmprune.report.recounting import block_rows
-from llmprune.report.recoveries import recoveries_of, sides
+from llmprune.report.recoveries import recoveries_of, sides, texts_of
 from llmprune.report.reproduction import command_text, recipe_text
 from llmprune.runs import run_recipe
 from tests.conftest import Pico
@@ -363,3 +363,13 @@ def test_paths_of_all_runs_are_cut_down(made: Made, home: Path) -> None:
         for name, content in package.texts.items():
             text = content.decode(errors="replace")
             assert str(home) not in text and "/pytest-" not in text, name
+
+
+def test_texts_of_all_that_was_learnt_from_are_told(made: Made) -> None:
+    data = Report.read(made("smaller")).data
+    assert [read.use for read in texts_of(data)] == ["calibration", "training"]
+    calibration, training = (read.record for read in texts_of(data))
+    assert training["tokens"] == data["run"]["tokens"] != calibration["tokens"]
+    card = card_of(made("smaller"))
+    assert card.count("Calibrated on 4 windows of 16 tokens") == 1
+    assert card.count("Trained on") == 1

@@ -13,8 +13,8 @@ ROOMS = (
     "base", "remote", "catalog", "recipe", "arch", "stats", "score", "mask", "solver",
     "allocation", "checkpoint", "calibration", "vocabulary", "walk", "hidden", "repair",
     "evaluation", "analysis", "delivery", "engine", "recovery", "report", "pages", "pushing",
-    "steps", "collecting", "recovering", "runs", "deltas", "measuring", "analyzing", "comparison",
-    "comparing", "api", "commands", "cli",
+    "asking", "steps", "resident_steps", "collecting", "recovering", "runs", "deltas", "measuring",
+    "analyzing", "comparison", "comparing", "api", "commands", "cli",
 )  # fmt: skip
 FILES = sorted(HOME.rglob("*.py"))
 
