@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.arch.limits import longest_sequence
 from llmprune.base.errors import CheckpointError, WontLoad
+from llmprune.base.memory import return_freed
 from llmprune.checkpoint.sink import write_json, write_tensors
 from llmprune.checkpoint.skeleton import build_skeleton, read_config
 from llmprune.checkpoint.source import Source, open_folder, read_json
@@ -229,6 +230,7 @@ def _run_stock(scratch: Path, job: Mapping[str, Any]) -> str | None:
         "TRANSFORMERS_VERBOSITY": "error",
         "GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={PIECE}",
     }
+    return_freed()  # two processes hold the libraries now, which is the peak of a small run
     process = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("stock.py")), str(scratch / "job.json")],
         capture_output=True,
