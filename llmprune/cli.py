@@ -236,7 +236,7 @@ def head_line(plan: Any) -> str:
 
 def show_plans(recipe: Recipe, as_json: bool) -> None:
     """Print the plan of a recipe as text or as JSON, and what its later stages are."""
-    from llmprune.runs import plans_of
+    from llmprune.runs import later_lines, plans_of
 
     first, *later = plans_of(recipe)
     if as_json:
@@ -246,11 +246,7 @@ def show_plans(recipe: Recipe, as_json: bool) -> None:
         data = plan_data(first) if isinstance(first, Plan) else first.data()
         print(json.dumps(data | ({"then": later} if later else {}), indent=2))
         return
-    print(first)
-    for stage in later:
-        for kind, wish in stage.items():
-            settings = ", ".join(f"{key} {value}" for key, value in wish.items())
-            print(f"then     {kind}: {settings or 'as usual'}")
+    print("\n".join([str(first), *later_lines(later)]))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -19,29 +19,39 @@ from pathlib import Path
 from typing import Any
 
 from llmprune import __version__
-from llmprune.base.errors import LlmpruneError, RecipeError
+from llmprune.base.errors import LlmpruneError, RecipeError, UnknownName
 from llmprune.base.progress import Progress, human_bytes, human_seconds
+from llmprune.base.registry import near_match
 from llmprune.base.text import columns, named_lines
+from llmprune.calibration.presence import check_texts
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.sink import write_json
 from llmprune.checkpoint.source import read_json
+from llmprune.collecting import collected_bytes, names_of
+from llmprune.comparison.grid import DENSE as COLLECTED
 from llmprune.comparison.grid import (
+    SEQUENTIAL,
     Cell,
     Grid,
     check_grid,
+    grid_from,
     growth,
     listed,
     shares,
     whole_numbers,
 )
 from llmprune.comparison.result import Comparison
-from llmprune.comparison.shared import DENSE, GRADIENTS, WINDOWS, Shared
+from llmprune.comparison.rows import AXES, PERPLEXITY
+from llmprune.comparison.shared import DENSE, GRADIENTS, STATISTICS, WINDOWS, Shared
 from llmprune.comparison.working import cell_file, do_cells
-from llmprune.engine.opening import open_plan
+from llmprune.comparison.writing import statistics_text
+from llmprune.engine.collected import check_additive
+from llmprune.engine.opening import Opened, open_plan
 from llmprune.engine.plan import Plan
 from llmprune.engine.records import check_out
 
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+GIVEN = "calibration.statistics"
 OWN_KEYS = ("model", "out", "seed", "revision", "device", "dtype", "steps", "recover")
 WRITTEN = (
     *("cells", "reports", "runs", "work", "grid.json", "dense.json", "pareto.png", "pareto.svg"),
@@ -53,6 +63,9 @@ WRITTEN = (
 class Preview:
     """What a grid would do: the plan of each possible method and amount, and what is not possible.
 
+    `statistics` are those that all cells learn of the dense model, once, where the grid asks for
+    that; `pareto` is what the front is of, beside the parameters that are kept.
+
     `str(preview)` is what --dry-run prints.
     """
 
@@ -61,6 +74,9 @@ class Preview:
     impossible: Mapping[str, str]
     keep: bool = False
     jobs: int = 1
+    statistics: tuple[str, ...] = ()
+    statistics_bytes: int = 0
+    pareto: str = PERPLEXITY
 
     @property
     def seconds(self) -> float:
@@ -73,9 +89,10 @@ class Preview:
         """Return the bytes that are needed at most, of weights."""
         costs = [self.plans[cell.name].estimate for cell in self.possible]
         most = max((cost.disk_bytes for cost in costs), default=0)
+        collected = self.statistics_bytes * len(self.grid.seeds)
         if not self.keep:
-            return most * min(self.jobs, len(costs))
-        return sum(cost.out_bytes for cost in costs) + most
+            return most * min(self.jobs, len(costs)) + collected
+        return sum(cost.out_bytes for cost in costs) + most + collected
 
     @property
     def possible(self) -> list[Cell]:
@@ -90,11 +107,17 @@ class Preview:
         lines = [
             ("prunings", f"{len(rows)}, and the dense model once"),
             ("time", f"about {human_seconds(self.seconds)}, and a fresh process for each proof"),
-            ("disk", f"{human_bytes(self.disk)} of weights at most"),
+            ("disk", f"{human_bytes(self.disk)}{self._of} at most"),
         ]
+        if self.statistics:
+            lines += [("statistics", statistics_text(self.grid.statistics, self.statistics))]
         lines += [("left out", f"{name}: {why}") for name, why in self.impossible.items()]
         table = columns(("cell", "sparsity", "form", "needs"), rows)
         return f"{table}\n\n{named_lines(lines)}"
+
+    @property
+    def _of(self) -> str:
+        return " of weights and statistics" if self.statistics else " of weights"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -102,6 +125,7 @@ class Preview:
             "cells": [cell.name for cell in self.possible],
             "seconds": self.seconds,
             "disk_bytes": self.disk,
+            "statistics": list(self.statistics),
             "impossible": dict(self.impossible),
         }
 
@@ -137,6 +161,10 @@ def make_grid(
             raise RecipeError(
                 f"set: {key} is what the grid is made of. Type --methods, --sparsity, --pattern."
             )
+        if others.get("statistics") == COLLECTED and key in ("prune.propagate", GIVEN):
+            raise RecipeError(
+                f"set: {key} follows from --statistics dense. Leave one of the two out."
+            )
     grid = Grid(
         model=str(model),
         methods=tuple(listed(methods)),
@@ -151,18 +179,23 @@ def make_grid(
     return grid
 
 
-def preview(grid: Grid, *, jobs: int = 1, keep: bool = False) -> Preview:
+def preview(grid: Grid, *, jobs: int = 1, keep: bool = False, pareto: str = PERPLEXITY) -> Preview:
     """Plan every method and amount of a grid; no weight is read.
 
     Raises:
-        LlmpruneError: there is no such model.
+        LlmpruneError: there is no such model, or no such text.
     """
+    if pareto not in AXES:
+        raise UnknownName(
+            f"pareto: {pareto!r} is no measure of a front.{near_match(pareto, AXES)} Type "
+            f"--pareto {' or --pareto '.join(AXES)}."
+        )
     if jobs < 1:
         raise RecipeError(f"jobs: {jobs} processes do nothing. Give 1 or more.")
     open_source(grid.model, revision=grid.revision)
     plans: dict[str, Plan] = {}
     impossible: dict[str, str] = {}
-    seen: dict[tuple[str, str], Plan | str] = {}
+    seen: dict[tuple[str, str], Opened | str] = {}
     for cell in grid.cells:
         key = cell.method, cell.asked
         if key not in seen:
@@ -171,19 +204,44 @@ def preview(grid: Grid, *, jobs: int = 1, keep: bool = False) -> Preview:
         if isinstance(found, str):
             impossible[cell.name] = found
         else:
-            plans[cell.name] = found
-    return Preview(grid=grid, plans=plans, impossible=impossible, keep=keep, jobs=jobs)
+            plans[cell.name] = found.plan
+    if plans:
+        wish = next(iter(plans.values())).recipe
+        check_texts(wish, calibrates=any(p.forward for p in plans.values()), measures=True)
+    names, size = _to_collect([one for one in seen.values() if not isinstance(one, str)], grid)
+    return Preview(
+        grid=grid,
+        plans=plans,
+        impossible=impossible,
+        keep=keep,
+        jobs=jobs,
+        statistics=names,
+        statistics_bytes=size,
+        pareto=pareto,
+    )
 
 
-def _planned(grid: Grid, cell: Cell) -> Plan | str:
-    """Return the plan of a cell, or why there is none."""
+def _to_collect(opened: Sequence[Opened], grid: Grid) -> tuple[tuple[str, ...], int]:
+    """Return the statistics that any cell learns of the dense model, and their bytes on disk."""
+    learning = [one for one in opened if one.plan.forward]
+    if grid.statistics != COLLECTED or not learning:
+        return (), 0
+    names = tuple(dict.fromkeys(name for one in learning for name in names_of(one.plan.parts)))
+    return names, collected_bytes(learning[0], names)
+
+
+def _planned(grid: Grid, cell: Cell) -> Opened | str:
+    """Return a cell's plan with its source, or why there is none."""
     try:
-        plan = open_plan(grid.recipe(cell, "cell", measured=True)).plan
+        opened = open_plan(grid.recipe(cell, "cell", measured=True))
+        plan = opened.plan
+        if grid.statistics == COLLECTED and plan.forward:
+            check_additive(plan.parts, plan.method.name)
     except LlmpruneError as error:
-        return str(error)
+        return str(error).replace(f"{GIVEN}: ", "with --statistics dense: ")
     if plan.whole is not None and plan.whole.is_vocabulary:
         return "its tokens are others, so perplexities of tokens do not compare. Leave it out."
-    return plan
+    return opened
 
 
 def compare(
@@ -207,6 +265,8 @@ def compare(
     overwrite: bool = False,
     quiet: bool = False,
     settings: Iterable[str] = (),
+    statistics: str = SEQUENTIAL,
+    pareto: str = PERPLEXITY,
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -234,6 +294,9 @@ def compare(
         skip_impossible: leave out what a method cannot do instead of refusing the grid.
         overwrite: replace an earlier comparison in this folder.
         settings: further `key=value` overrides of the recipe of every cell.
+        statistics: "sequential", of what a cell's own pruned blocks pass on, as the bare command
+            learns; "dense", of the dense model, collected once for all cells: the masks are others.
+        pareto: what the front is of: "perplexity", or "kl" from the dense model.
 
     Raises:
         LlmpruneError: the grid cannot be done; a cell that fails later is listed in the result.
@@ -249,13 +312,14 @@ def compare(
         evaluation=evaluation,
         num_windows=num_windows,
         limit=limit,
+        statistics=statistics,
         revision=revision,
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
     return run_grid(
-        preview(grid, jobs=jobs, keep=keep),
+        preview(grid, jobs=jobs, keep=keep, pareto=pareto),
         Path(out) if out is not None else default_folder(grid.model),
         Progress("quiet" if quiet else "rich"),
         skip_impossible=skip_impossible,
@@ -391,7 +455,8 @@ def _begin(planned: Preview, out: Path, start: str, *, overwrite: bool, ranks: i
     }
     if path.exists():
         earlier = read_json(path)
-        lines = growth(earlier["grid"] | earlier["fixed"], grid.to_dict() | fixed)
+        then = grid_from(earlier["grid"]).to_dict() | earlier["fixed"]
+        lines = growth(then, grid.to_dict() | fixed)
         if lines:
             raise RecipeError(
                 f"out: {out} holds another comparison, which differs in\n  "
@@ -401,6 +466,7 @@ def _begin(planned: Preview, out: Path, start: str, *, overwrite: bool, ranks: i
         threads = int(earlier["threads"])
     skipped = [{"name": name, "why": why} for name, why in planned.impossible.items()]
     told = {"grid": grid.to_dict(), "fixed": fixed, "threads": threads, "skipped": skipped}
+    told |= {"statistics": list(planned.statistics)}
     write_json(path, told | {"start": start})
     return threads
 
@@ -475,6 +541,7 @@ def _gathered(planned: Preview, shared: Shared) -> dict[str, Any]:
         "grid": grid.to_dict(),
         "protocol": _protocol(planned, shared, done),
         "shared": _sharing(shared, done),
+        "pareto": planned.pareto,
         "dense": dense,
         "cells": cells,
         "skipped": [{"name": name, "why": why} for name, why in planned.impossible.items()],
@@ -505,6 +572,7 @@ def _protocol(
         "evaluation": f"{shared.dense['protocol']}, SHA-256 {shared.dense['tokens'][:16]}",
         "leak": {str(text["seed"]): text["leak"] for text in texts},
         "tasks": f"{', '.join(grid.tasks)}{limit}" if grid.tasks else "",
+        "statistics": statistics_text(grid.statistics, planned.statistics),
         "settings": list(grid.settings),
         "dtype": plan.dtype_name,
         "device": plan.device.type,
@@ -520,6 +588,7 @@ def _sharing(shared: Shared, done: Sequence[Mapping[str, Any]]) -> list[dict[str
         WINDOWS: [cell["used"]["windows"] for cell in done],
         DENSE: ["all" for _ in done],
         GRADIENTS: [cell["used"]["gradients"] for cell in done],
+        STATISTICS: [cell["used"].get("statistics") for cell in done],
     }
     found = []
     for what, keys in uses.items():
@@ -532,8 +601,9 @@ def _sharing(shared: Shared, done: Sequence[Mapping[str, Any]]) -> list[dict[str
 
 
 def _tidy(out: Path, *, keep: bool) -> None:
-    """Remove gradients, which may be as large as the model, and the locks; windows stay."""
-    for folder in (*out.glob("work/gradients-*"), out / "work" / "locks"):
+    """Remove what may be as large as the model, and the locks; windows stay."""
+    large = [*out.glob("work/gradients-*"), *out.glob("work/statistics-*")]
+    for folder in (*large, out / "work" / "dense-states", out / "work" / "locks"):
         shutil.rmtree(folder, ignore_errors=True)
     if not keep:
         shutil.rmtree(out / "runs", ignore_errors=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmprune.base.errors import CheckpointError, LlmpruneError
 from llmprune.base.world import is_first
+from llmprune.pages.analysis_shared import analysis_files
 from llmprune.pages.result import report_page
 from llmprune.report.publishing import Package, pack
 from llmprune.report.uploading import Pushed, check_repository, upload
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
 
 
 def package_of(folder: str | PathLike[str], repo: str, *, base_model: str | None = None) -> Package:
-    """Decide what of a result goes to a repository, the page for a browser too.
+    """Decide what of a result goes to a repository, its page and its analysis too.
 
     Raises:
         LlmpruneError: as `pack` does.
     """
-    return pack(Path(folder).expanduser(), repo, base_model=base_model, page=report_page)
+    home = Path(folder).expanduser()
+    return pack(home, repo, base_model=base_model, page=report_page, analysis=analysis_files)
 
 
 def check_wish(recipe: Recipe) -> None:

@@ -20,7 +20,7 @@ from llmprune.engine.cutting import cut
 from llmprune.engine.gradients import check_backward
 from llmprune.engine.opening import anatomies_of, check_walk
 from llmprune.engine.plan import Plan, make_plan
-from llmprune.engine.shipping import ship, ship_masked
+from llmprune.engine.rank_shipping import shipping_of
 from llmprune.engine.solving import Outcome
 from llmprune.engine.survey import Surroundings, before_the_cut
 from llmprune.report.run import Report, report_data
@@ -125,8 +125,7 @@ def _shipped_in_memory(plan: Plan, blocks: Resident) -> Plan:
     skeleton = Skeleton(model=blocks.model, family=blocks.family)
     config = blocks.model.config.to_dict()
     anatomies = [blocks.anatomy(index) for index in range(len(blocks))]
-    store = ship_masked if plan.form == "masked" else ship
-    shipment = store(plan, skeleton, config, anatomies, dtype=blocks.model.dtype)
+    shipment = shipping_of(plan)(plan, skeleton, config, anatomies, dtype=blocks.model.dtype)
     if shipment.tier != "E0":
         raise WontLoad(
             f"a model in memory keeps its class, which holds equal blocks only (tier E0), and this "

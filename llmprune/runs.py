@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmprune.base.errors import RecipeError
 from llmprune.base.progress import Progress
 from llmprune.base.world import is_first
+from llmprune.calibration.presence import check_texts
 from llmprune.checkpoint.source import read_json
 from llmprune.engine.opening import default_out, open_plan
 from llmprune.engine.records import OWN, check_same_run
@@ -120,19 +121,35 @@ def plans_of(recipe: Recipe) -> list[Any]:
     """Return the plan of the first stage, and of later ones what can be said without a model.
 
     Raises:
-        LlmpruneError: the first cannot be carried out.
+        LlmpruneError: the first cannot be carried out, or a text is not where the recipe says.
     """
     stages = recipe.stages()
     first = stages[0]
     found: Any
     if first.recover is not None:
         found = replace(open_recovery(first), recipe=recipe)
+        check_texts(recipe, calibrates=False)
     else:
         found = replace(open_plan(first).plan, recipe=recipe)
+        check_texts(recipe, calibrates=found.forward)
     then = [_told(stage) for stage in stages[1:]]
     if recipe.push is not None:
         then.append({"push": recipe.push.model_dump(mode="json", exclude_defaults=True)})
     return [found, *then]
+
+
+def later_lines(later: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each later stage that `plans_of` gives, and for the push.
+
+    >>> later_lines([{"recover": {"steps": 4}}, {"push": {"repo": "me/small"}}])
+    ['then     recover: steps 4', 'then     push: repo me/small']
+    """
+    lines = []
+    for stage in later:
+        for kind, wish in stage.items():
+            settings = ", ".join(f"{key} {value}" for key, value in wish.items())
+            lines.append(f"then     {kind}: {settings or 'as usual'}")
+    return lines
 
 
 def _told(stage: Recipe) -> dict[str, Any]:

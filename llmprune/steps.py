@@ -34,7 +34,7 @@ from llmprune.engine.folder import (
     what_fixes,
 )
 from llmprune.engine.following import follow
-from llmprune.engine.masked import masked_logits
+from llmprune.engine.masked import in_place_of_removed, masked_logits
 from llmprune.engine.opening import (
     Opened,
     obeying,
@@ -200,6 +200,7 @@ def _carry_out(
             attention=None if plan.recipe.attention == "auto" else plan.recipe.attention,
             trust_remote_code=plan.recipe.trust_remote_code or bool(code),
             masked=made.masked,
+            beside=in_place_of_removed(plan),
             own_code=bool(code),
             generate=smaller,
         )

@@ -10,14 +10,15 @@ import string
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-gc.disable()  # until all tests are collected: nothing of torch or transformers is garbage
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="llmprune-tests-")  # not the user's
+os.environ["LLMPRUNE_CACHE"] = tempfile.mkdtemp(prefix="llmprune-tests-")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each: several would wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -34,13 +35,18 @@ from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.skeleton import Skeleton, build_skeleton, read_config
 from llmprune.delivery import gate
 from llmprune.delivery import stock as stock_script
+from llmprune.delivery.agreement import Agreement
 from llmprune.delivery.copied_code import code_in_scratch
 from llmprune.engine import opening, pace, plan
 from llmprune.evaluation import samples
 from llmprune.walk.streamed import Streamed, stream
 
+gc.disable()  # until all tests are collected: nothing of torch or transformers is garbage
+
 # A busy machine must not fail a property, and CI looks at the same examples every time.
-settings.register_profile("llmprune", deadline=None, derandomize="CI" in os.environ)
+settings.register_profile(
+    "llmprune", deadline=None, derandomize="CI" in os.environ, max_examples=50
+)
 settings.load_profile("llmprune")
 logging.disable_progress_bar()
 logging.set_verbosity_error()
@@ -177,7 +183,6 @@ def once() -> Iterator[None]:
     cuts the power, so none needs to wait until what was written has arrived on the disk; and no
     numbers are drawn for tensors that hold none.
     """
-    draw = TORCH_INIT_FUNCTIONS["normal_"]
     walkable: set[object] = set()
     check_walk = opening.check_walk
 
@@ -188,15 +193,20 @@ def once() -> Iterator[None]:
             check_walk(config, family, trust_remote_code=trust_remote_code)
             walkable.add(key)
 
-    def draw_real(tensor: torch.Tensor, **how: Any) -> torch.Tensor:
-        return tensor if tensor.is_meta else draw(tensor, **how)
+    def for_real(draw: Any) -> Callable[..., Any]:
+        def drawn(tensor: torch.Tensor, *how: Any, **named: Any) -> Any:
+            return tensor if tensor.is_meta else draw(tensor, *how, **named)
+
+        return drawn
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "measure_rate", cache(plan.measure_rate))
         for module in (opening, resident_steps, api):
             patch.setattr(module, "check_walk", check_once)
         patch.setattr(os, "fsync", lambda descriptor: None)
-        patch.setitem(TORCH_INIT_FUNCTIONS, "normal_", draw_real)
+        patch.setitem(TORCH_INIT_FUNCTIONS, "normal_", for_real(TORCH_INIT_FUNCTIONS["normal_"]))
+        for name in ("kaiming_uniform_", "uniform_", "normal_"):
+            patch.setattr(torch.nn.init, name, for_real(getattr(torch.nn.init, name)))
         yield
 
 
@@ -241,8 +251,8 @@ def no_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             monkeypatch.setattr(module, "write_last", lambda folder, progress: None)
 
 
-@pytest.fixture
-def quick_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def gate_here() -> Iterator[None]:
     """Let the gate run its script in this process: the same checks without the start of Python."""
 
     def run_here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -254,4 +264,35 @@ def quick_gate(monkeypatch: pytest.MonkeyPatch) -> None:
             return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(gate.subprocess, "run", run_here)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate.subprocess, "run", run_here)
+        yield
+
+
+@pytest.fixture
+def no_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs publish what the gate has not seen, where results are only compared with others.
+
+    Their reports say that it did not pass.
+    """
+
+    def unproven(folder: Path, **options: Any) -> gate.Verdict:
+        return gate.Verdict(
+            folder=str(folder),
+            num_tensors=0,
+            dtype="float32",
+            agreement=Agreement(passed=False, relative=1.0, kl=1.0, same_argmax=0.0, exact=False),
+            masked_linears=0,
+            natural_zeros=0,
+            untouched_equal=None,
+        )
+
+    for module in (steps, recovering):
+        monkeypatch.setattr(module, "pass_gate", unproven)
+
+
+@pytest.fixture
+def quick_gate() -> Iterator[None]:
+    """Let gates of a test run as in `gate_here`."""
+    with gate_here():
+        yield

@@ -27,6 +27,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,9 +132,9 @@ def changed_data(data: Any, draw: random.Random) -> Any:
             with contextlib.suppress(KeyError, IndexError):  # one that has just gone
                 holder[key] = json.loads(json.dumps(other[name]))
         elif how == 3 and isinstance(holder, dict):
-            holder[str(draw.choice(VALUES))] = draw.choice(VALUES)
+            holder[str(draw.choice(VALUES))] = deepcopy(draw.choice(VALUES))
         else:
-            holder[key] = draw.choice(VALUES)
+            holder[key] = deepcopy(draw.choice(VALUES))  # never one that an earlier case changed
     return data
 
 
@@ -291,16 +292,20 @@ def in_lots(drawn: list[Case], model: Path, text: Path, home: Path) -> list[tupl
 
 
 def _judge_lot(lot: list[Case], model: Path, text: Path, case_home: Path, answers: Path) -> None:
-    """Judge cases one by one in this child, and leave."""
-    at_home()
-    signal.signal(signal.SIGALRM, _too_slow)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    for case in lot:
-        answer = judge(case, model, text, case_home)
-        with answers.open("a") as file:
-            file.write(json.dumps(answer) + "\n")
-    os._exit(0)
+    """Judge cases one by one in this child, and leave; never by the way out of the parent."""
+    try:
+        at_home()
+        signal.signal(signal.SIGALRM, _too_slow)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        for case in lot:
+            answer = judge(case, model, text, case_home)
+            with answers.open("a") as file:
+                file.write(json.dumps(answer) + "\n")
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
 
 
 def _too_slow(number: int, frame: object) -> None:

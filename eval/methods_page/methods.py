@@ -10,9 +10,9 @@ from llmprune.catalog.types import UNITS
 from llmprune.engine.amounts import is_ranked
 from llmprune.engine.parts import needs_of
 from llmprune.engine.unit_amounts import EQUAL
-from llmprune.mask.pattern import Units, parse_pattern
+from llmprune.mask.pattern import LowRank, Units, parse_pattern
 from llmprune.repair import REPAIRS
-from llmprune.score import SCORES, WHOLE_SCORES, score_row
+from llmprune.score import RANK_SCORES, SCORES, WHOLE_SCORES, score_row
 
 RANKED = "with all weights of the model"
 POOLS = {"l2": "root mean square", "mean": "mean"}
@@ -25,6 +25,11 @@ COLUMNS = {
 def of_units(method: Method) -> bool:
     """Tell whether a method is made for whole units."""
     return isinstance(parse_pattern(method.pattern), Units)
+
+
+def factored(method: Method) -> bool:
+    """Tell whether a method puts two linears in place of one."""
+    return isinstance(parse_pattern(method.pattern), LowRank)
 
 
 def deep(method: Method) -> bool:
@@ -47,7 +52,7 @@ def overview() -> str:
             str(method.year),
         )
         for method in METHODS.values()
-        if not of_units(method)
+        if not of_units(method) and not factored(method)
     ]
     text = "*Weights* names the refinement, the solver and the repair, in the order of their work."
     return f"## Overview\n\n{text}\n\n{table(head, rows)}"
@@ -93,7 +98,10 @@ def blocks(method: Method) -> str:
 def section(method: Method) -> str:
     """Return what one method does, with what, and where it comes from."""
     facts = [f"Ask for it: `--method {method.name}`."]
-    facts += unit_facts(method) if of_units(method) else weight_facts(method)
+    if factored(method):
+        facts += rank_facts(method)
+    else:
+        facts += unit_facts(method) if of_units(method) else weight_facts(method)
     if options := options_of(method):
         facts.append(f"Options, with their defaults: {values(options)}.")
     facts.append(f"Paper: {linked(method.paper)}.")
@@ -124,6 +132,17 @@ def weight_facts(method: Method) -> list[str]:
     if method.repair:
         facts.append(f"Repair `{method.repair}`, see [repairs](#repairs).")
     return facts
+
+
+def rank_facts(method: Method) -> list[str]:
+    """Return what there is to know of a method of low rank."""
+    return [
+        f"Pattern `{method.pattern}`, see [low rank](#low-rank).",
+        f"Needs: {names(needs(method))}.",
+        f"Score `{method.score}`: a linear keeps {RANK_SCORES[method.score].says}.",
+        "Allocation `uniform`, or shares by name with `prune.sparsities`.",
+        "Tier E3, or `prune.tier: E0` for products, which save nothing.",
+    ]
 
 
 def unit_facts(method: Method) -> list[str]:

@@ -10,10 +10,10 @@ from eval.methods_page.text import cited, described, filled, item, names, says, 
 from llmprune.allocation import ALLOCATIONS
 from llmprune.arch.types import Site, Span
 from llmprune.catalog import METHODS
-from llmprune.catalog.types import UNITS
+from llmprune.catalog.types import LOW_RANK, UNITS
 from llmprune.engine.amounts import survey_cost
 from llmprune.engine.parts import needs_of
-from llmprune.mask.pattern import NofM, Tiles, Units, Unstructured
+from llmprune.mask.pattern import LowRank, NofM, Tiles, Units, Unstructured
 from llmprune.recipe.pruning import PruneStep
 from llmprune.repair import REPAIRS
 from llmprune.solver import REFINEMENTS, SOLVERS
@@ -50,6 +50,7 @@ def patterns() -> str:
     lines = [item(f"`{name}`: {says(kind)}") for name, kind in PATTERNS.items()]
     kinds = names(UNITS)
     lines.append(item(f"{kinds}: {says(Units)} See [units](#units)."))
+    lines.append(item(f"`{LOW_RANK}`: {says(LowRank)} See [low rank](#low-rank)."))
     lines.append(
         item(
             "Weights and tiles compete in the method's group, which `prune.group` changes: "

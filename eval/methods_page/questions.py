@@ -7,7 +7,7 @@ from eval.methods_page.text import filled, item, names
 from llmprune.allocation import ALLOCATIONS
 from llmprune.catalog.types import PATTERNS
 from llmprune.repair import REPAIRS
-from llmprune.score import SCORES, UNIT_SCORES, WHOLE_SCORES
+from llmprune.score import RANK_SCORES, SCORES, UNIT_SCORES, WHOLE_SCORES
 from llmprune.solver import COMPENSATIONS, REFINEMENTS, SOLVERS
 
 QUESTIONS = {
@@ -72,7 +72,7 @@ def vocabulary() -> str:
         "compensations": names(COMPENSATIONS),
         "patterns": names(PATTERNS),
         "scores": names(SCORES),
-        "unit_scores": names((*UNIT_SCORES, *WHOLE_SCORES)),
+        "unit_scores": names((*UNIT_SCORES, *WHOLE_SCORES, *RANK_SCORES)),
         "allocations": names(name for name, row in ALLOCATIONS.items() if not row.units),
         "unit_allocations": names(name for name, row in ALLOCATIONS.items() if row.units),
         "refinements": names(REFINEMENTS),

@@ -235,16 +235,27 @@ def tiers() -> str:
 
 
 def low_rank() -> str:
-    """Return why there is no method for low rank, and what there is instead."""
+    """Return what a form of low rank is, what it costs and what becomes of it."""
     text = (
-        "A linear of low rank is two smaller linears one after the other. No stock model has such "
-        "blocks, and no tier above holds them; multiplied out, the matrix is as large as before "
-        "and full of weights, so a result would be slower to make and save nothing. There is "
-        "therefore no method and no pattern of low rank. `llmprune.solver.low_rank` has what one "
-        "would be made of, for those who bring a model class of their own: "
+        "With `--pattern low-rank` a linear becomes two, one after the other, with few values "
+        "between them: R (O + I) weights in place of O I, fewer where R is below O I / (O + I). "
+        "Sparsity is the share of weights that this saves; the plan names every rank, and a little "
+        "more goes than is asked for, since a rank is a whole number. Linears that lose no rank "
+        "stay as they are: those of `prune.skip`, and those that `prune.sparsities` gives a share "
+        "of 0. So do parts of fused parameters and experts in stacks, which are no module of "
+        "their own. There are no masks, and the report says which share of its output's energy "
+        "each linear loses, on the weights that are stored. `prune.damping` times the mean of the "
+        "Gram matrix' diagonal is added to it, which matters where inputs were few."
+    )
+    more = (
+        "No stock class has such linears, so the result is of tier E3 and brings its class: it "
+        "loads with `trust_remote_code=True`. Its factors are linears like others, `q_proj.left` "
+        "and `q_proj.right`: `llmprune recover` trains them, and a second run prunes their "
+        "weights. With `prune.tier: E0`, the only one for a model in memory, the product is "
+        "written into the old tensor: stock, as large and as slow as before. Made of: "
     )
     lines = [item(f"`{part.__name__}`: {tells(part)}") for part in LOW_RANK]
-    return f"## Low rank\n\n{filled(text)}\n\n" + "\n".join([*lines, ""])
+    return f"## Low rank\n\n{filled(text)}\n\n{filled(more)}\n\n" + "\n".join([*lines, ""])
 
 
 def demo_costs() -> dict[str, str]:

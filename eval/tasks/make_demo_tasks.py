@@ -1,11 +1,12 @@
 """Write the items of the offline tasks, all of the bundled evaluation text, from it and SEED alone.
 
-    demo_cloze      cut a sentence behind its fourth word: which of four goes on?
+    demo_cloze      cut within a sentence: which of four with one first word goes on? The right
+                    one alone takes up a word that the passage has said, and not lately
     demo_sentences  cut behind a sentence: which of four whole sentences follows?
     demo_last_word  cut before a sentence's last word, one that has been said before: what is it?
 
 Wrong answers are the right ones of other items, each used three times, so that whoever looks at
-the answers alone scores one in four.
+the answers alone scores one in four. With one first word in all, the word before it tells nothing.
 
     python eval/tasks/make_demo_tasks.py
 """
@@ -15,7 +16,9 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from itertools import islice
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -24,12 +27,14 @@ TEXT = HERE.parents[1] / "llmprune" / "demo" / "evaluation.txt"
 SEED = 0
 NUM_ITEMS = 200
 NUM_CHOICES = 4
-CONTEXT = 40  # words before the cut, at most
-LEAST = 15  # words before the cut, at least
-HEAD = 4  # words of the sentence that a question of demo_cloze shows
-ANSWER = 4  # words of an answer of demo_cloze
+CONTEXT = 40  # words before a sentence, at most
+LEAST = 15  # words before a sentence, at least
+ANSWER = 3  # words of an answer of demo_cloze
+LATELY = 20  # words before the cut that have not said what the answer takes up
+TAKEN_UP = 5  # letters of a word that is taken up, at least
+APART = 40  # words between cuts of demo_cloze, at least
 SENTENCE = range(6, 21)  # words of an answer of demo_sentences
-PASSAGE = 120  # words before the last one, at most
+PASSAGE = 120  # words before the last one, at most; before a cut of demo_cloze
 LONG = 4  # letters of a last word, at least
 END = re.compile(r"[.!?]['\"’”_]*$")  # of the last word of a sentence
 
@@ -42,13 +47,84 @@ def spans(words: Sequence[str]) -> Iterator[tuple[int, int]]:
     yield from zip([0, *ends], [*ends, len(words)], strict=True)
 
 
-def openings(paragraph: str) -> Iterator[Pair]:
-    """Yield the text before and the four words behind the head of every sentence long enough."""
-    words = paragraph.split()
-    for start, end in spans(words):
-        cut = start + HEAD
-        if cut >= LEAST and end - cut >= ANSWER:
-            yield " ".join(words[max(0, cut - CONTEXT) : cut]), " ".join(words[cut : cut + ANSWER])
+@cache
+def bare(word: str) -> str:
+    """Return a longer word that is no name, without what stands around it; of others nothing."""
+    found = re.sub(r"\W", "", word)
+    return found if len(found) >= TAKEN_UP and found.islower() else ""
+
+
+def telling(words: Iterable[str]) -> set[str]:
+    """Return the longer words that are no names."""
+    return set(filter(None, map(bare, words)))
+
+
+def echoes(words: Sequence[str]) -> dict[str, list[int]]:
+    """Return the cuts where a sentence takes up what was said, and not lately, by the next word."""
+    found: dict[str, list[int]] = {}
+    for cut in range(PASSAGE, len(words) - ANSWER):
+        answer = words[cut : cut + ANSWER]
+        if not re.fullmatch(r"[a-zI]+", answer[0]) or END.search(words[cut - 1]):
+            continue
+        taken = telling(answer[1:])
+        if not taken:
+            continue
+        said, lately = (
+            telling(words[cut - PASSAGE : cut - LATELY]),
+            telling(words[cut - LATELY : cut]),
+        )
+        if taken & said and not taken & lately and not any(map(END.search, answer[:-1])):
+            found.setdefault(answer[0], []).append(cut)
+    return found
+
+
+def strange(words: Sequence[str], cut: int, other: int) -> bool:
+    """Tell whether the answers at two cuts differ, and neither is heard of at the other one."""
+    one, two = (words[at : at + ANSWER] for at in (cut, other))
+    heard = telling(two[1:]) & telling(words[cut - PASSAGE : cut])
+    return (
+        one != two and not heard and not telling(one[1:]) & telling(words[other - PASSAGE : other])
+    )
+
+
+def fours(words: Sequence[str], draw: random.Random) -> Iterator[list[int]]:
+    """Yield four cuts with one next word, far from all others, whose answers are strange to each
+    other; each word in turn, as long as it has four.
+    """
+    found = echoes(words)
+    heads = sorted(found)
+    draw.shuffle(heads)
+    pools = {head: draw.sample(found[head], len(found[head])) for head in heads}
+    taken: list[int] = []
+    live = [head for head in heads if len(pools[head]) >= NUM_CHOICES]
+    while live:
+        for head in list(live):
+            four: list[int] = []
+            for cut in list(pools[head]):
+                if any(abs(cut - other) < APART for other in (*taken, *four)):
+                    pools[head].remove(cut)
+                elif all(strange(words, cut, other) for other in four):
+                    four.append(cut)
+                if len(four) == NUM_CHOICES:
+                    break
+            if len(four) < NUM_CHOICES:
+                live.remove(head)
+                continue
+            pools[head] = [cut for cut in pools[head] if cut not in four]
+            taken += four
+            yield four
+
+
+def cloze(words: Sequence[str]) -> Iterator[dict[str, object]]:
+    """Yield items of four choices, which are the answers at the cuts of one four."""
+    draw = random.Random(SEED)
+    for four in islice(fours(words, draw), NUM_ITEMS // NUM_CHOICES):
+        for cut in four:
+            offered = [" ".join(words[at : at + ANSWER]) for at in four]
+            right = " ".join(words[cut : cut + ANSWER])
+            draw.shuffle(offered)
+            context = " ".join(words[cut - PASSAGE : cut])
+            yield {"context": context, "choices": offered, "label": offered.index(right)}
 
 
 def sentences(paragraph: str) -> Iterator[Pair]:
@@ -96,7 +172,7 @@ def items(text: str) -> dict[str, list[dict[str, object]]]:
         return [pair for part in paragraphs for pair in cut(part)]
 
     return {
-        "demo_cloze": list(choices(of(openings))),
+        "demo_cloze": list(cloze(" ".join(paragraphs).split())),
         "demo_sentences": list(choices(of(sentences))),
         "demo_last_word": list(words(list(last_words(" ".join(paragraphs))))),
     }

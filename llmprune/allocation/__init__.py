@@ -11,6 +11,7 @@ from llmprune.allocation.curves import error_curve, weighted_curve
 from llmprune.allocation.depth import as_scored, by_lowest, by_shift, one_of_each
 from llmprune.allocation.distortion import least_distortion, least_divergence, one_round
 from llmprune.allocation.evidence import layer_adaptive, magnitudes, share_of_lowest
+from llmprune.allocation.evolving import by_evolution, rounds_of_evolution
 from llmprune.allocation.greedy import (
     all_that_are_left,
     by_divergence,
@@ -218,6 +219,15 @@ ALLOCATIONS: Registry[Allocation] = Registry(
         "finercut-norm": _remeasured(by_logit_norm, "norm"),
         "finercut-js": _remeasured(by_jensen_shannon, "js"),
         "sleb": _remeasured(by_loss, paper=_SLEB),
+        "evopress-halves": Allocation(
+            fn=by_evolution,
+            needs=("probe",),
+            rounds=rounds_of_evolution,
+            units=True,
+            options={"first": 0, "last": 0, "generations": 10, "offspring": 16},
+            paper="Sieberling et al., 2025: EvoPress: Accurate Dynamic Model Compression via "
+            "Evolutionary Search",
+        ),
         "standardised": Allocation(
             fn=by_standard_score,
             needs=("profile",),

@@ -6,7 +6,7 @@ Cells are numbers, words, or None where there is nothing to say.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Cell = str | float | int | None
@@ -58,7 +58,25 @@ class Finding:
             "columns": list(self.columns),
             "rows": [list(row) for row in self.rows],
             "numbers": dict(self.numbers),
+            "charts": [asdict(chart) for chart in self.charts],
         }
+
+
+def finding_from(name: str, data: Mapping[str, Any]) -> Finding:
+    """Return the finding of what `to_dict` gave; one that was written before charts were has none.
+
+    >>> finding_from("pq", {"title": "PQ", "means": [], "columns": ["a"], "rows": [[1]]}).rows
+    ((1,),)
+    """
+    return Finding(
+        name=name,
+        title=data["title"],
+        means=tuple(data["means"]),
+        columns=tuple(data["columns"]),
+        rows=tuple(tuple(row) for row in data["rows"]),
+        charts=tuple(Chart(**chart) for chart in data.get("charts", ())),
+        numbers=data.get("numbers", {}),
+    )
 
 
 def absent(name: str, title: str, why: str) -> Finding:

@@ -15,6 +15,7 @@ Legend: D hidden size, F channels, H query heads, G key/value heads, g = H / G, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from llmprune.arch.types import Attention, Coupling, Family, Ffn, Heads, Linear, Span
@@ -24,6 +25,7 @@ EXPERTS, EXPERT_CHANNELS = "experts", "expert-channels"
 ATTENTION, FFN, BLOCK = "attention", "ffn", "block"
 WIDTHS = (CHANNELS, HEADS, QUERY_HEADS, EXPERTS, EXPERT_CHANNELS)
 DEPTHS = (ATTENTION, FFN, BLOCK)
+PAIRS = "two linears stand in place of one; remove units first, then lower ranks"
 PER_HEAD = ("sinks",)  # vectors with an entry per query head
 Linears = Mapping[str, Linear]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -41,8 +43,10 @@ def heads_of(config: Any) -> Heads | None:
         newer = getattr(text, "new_decoder_architecture", False)
         groups = text.num_kv_heads if newer else 1 if text.multi_query else num_heads
     head_dim = getattr(text, "head_dim", None) or hidden // num_heads
-    whole = isinstance(groups, int) and num_heads % groups == 0
-    return Heads(num_heads=num_heads, num_groups=groups, head_dim=head_dim) if whole else None
+    if not isinstance(groups, int) or num_heads % groups:
+        return None
+    differ = vars(config).get("_heterogeneity_spec") is not None
+    return Heads(num_heads=num_heads, num_groups=groups, head_dim=head_dim, differ=differ)
 
 
 def couplings_of(
@@ -57,12 +61,15 @@ def couplings_of(
     for attention in family.attentions:
         names = {attention.query, attention.key, attention.value, attention.output}
         if names <= linears.keys():
-            reason = _odd_heads(attention, family.heads, linears, shapes)
+            heads = _heads_here(attention, family.heads, linears)
+            reason = _odd_heads(attention, heads, linears, shapes)
             if reason is not None:
                 why[HEADS] = why[QUERY_HEADS] = reason
-            elif family.heads is not None:
-                found += _heads(attention, family.heads, linears, shapes)
+            elif heads is not None:
+                found += _heads(attention, heads, linears, shapes)
     found += _halves(family, linears)
+    if any(f"{name.removesuffix('.left')}.right" in linears for name in linears if ".left" in name):
+        why |= dict.fromkeys({CHANNELS, HEADS, QUERY_HEADS} - {row.kind for row in found}, PAIRS)
     return tuple(found), why
 
 
@@ -85,6 +92,18 @@ def _channels(row: Ffn, linears: Linears) -> Coupling:
         config_keys=((row.config_key, 1),) if row.config_key else (),
         module_sizes=tuple(sizes),
     )
+
+
+def _heads_here(row: Attention, heads: Heads | None, linears: Linears) -> Heads | None:
+    """Return the heads of a block: the model's, or where they differ those it has room for."""
+    if heads is None or not heads.differ:
+        return heads
+    d = heads.head_dim
+    num_heads = linears[row.output].shape[1] // d
+    rows = linears[row.key].shape[0] // d
+    num_groups = rows if row.layout == "apart" else (rows - num_heads) // 2
+    whole = num_groups > 0 and num_heads % num_groups == 0
+    return replace(heads, num_heads=num_heads, num_groups=num_groups) if whole else heads
 
 
 def _odd_heads(row: Attention, heads: Heads | None, linears: Linears, shapes: Shapes) -> str | None:

@@ -49,13 +49,20 @@ def find_family(config: Any, *, trust_remote_code: bool = False) -> Family:
     Raises:
         UnsupportedModel: neither; says what was found.
     """
-    if (row := row_of(config.model_type)) is not None:
+    if (row := row_of(_known_kind(config))) is not None:
         return replace(row, heads=heads_of(config), mixture=mixture_of(config))
     data = json.dumps(config.to_dict(), sort_keys=True, default=str)
     kind: Any = type(config)
     found = _probed(data, kind, trust_remote_code)
     sized = replace(found, heads=heads_of(config), mixture=mixture_of(config))
     return replace(sized, ffns=(GATED_FFN,), attentions=(HEADS,))
+
+
+def _known_kind(config: Any) -> str:
+    """Return the model type whose row says where linears are: of a result of tier E3 that of its
+    source, but where two linears stand for one."""
+    kind = str(config.model_type)
+    return kind if getattr(config, "ranks", None) else kind.removeprefix("llmprune_")
 
 
 @cache

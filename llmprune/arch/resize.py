@@ -98,7 +98,8 @@ def check_blocks_alike(
         same = type(one).__module__ == type(other).__module__  # else of another model's code
         gone = [root for half in block.without for root in roots.get(half, ())]
         if block.without:  # what stands in place of a half, or of its norm, holds nothing
-            gone += [path for path, module in other.named_modules() if _is_empty(module)]
+            both = (*one.named_modules(), *other.named_modules())  # or stood, in another tier
+            gone += [path for path, module in both if _is_empty(module)]
         for name in sorted(before.keys() & after.keys()):
             inside = any(name == root or name.startswith(root + ".") for root in gone)
             if before[name] != after[name] and not inside and (same or not name.endswith("class")):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+RANK = "rank"
 Axis = Literal["weight", "out", "in", "all"]
 
 
@@ -34,9 +35,10 @@ class Site:
     """Linears whose mask is decided together; `unit_cost` is in parameters per unit.
 
     `kind` says what a unit is: a weight (or tile) of one linear, whose `shape` is (O, I), or a unit
-    of the coupling of that name, whose site has no shape. Units compete within `num_groups` equal
-    groups, which lose equally many. The number of units that stay is a multiple of `grid`, and
-    `least` at least; `entry` is that of the config which counts them.
+    of the coupling of that name, whose site has no shape. A unit of kind "rank" is one value
+    between the two linears that one becomes, up to as many as make these as large as it was. Units
+    compete within `num_groups` equal groups, which lose equally many. The number of units that stay
+    is a multiple of `grid`, and `least` at least; `entry` is that of the config which counts them.
     """
 
     name: str
@@ -54,7 +56,18 @@ class Site:
     @property
     def num_weights(self) -> int:
         """Return the number of weights that the units of this site cover."""
+        if self.kind == RANK and self.shape is not None:
+            return self.shape[0] * self.shape[1]
         return self.num_units * self.unit_cost
+
+    def freed(self, count: int) -> int:
+        """Return the weights that are gone once `count` units are.
+
+        A linear that loses no rank stays whole; two linears leave over what fills no further rank.
+        """
+        if self.kind == RANK and count:
+            return self.num_weights - (self.num_units - count) * self.unit_cost
+        return count * self.unit_cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +150,15 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """The heads of one model: query heads, key/value heads, values of a head."""
+    """The heads of one model: query heads, key/value heads, values of a head.
+
+    Where they `differ`, blocks may have fewer, as many as their linears have room for.
+    """
 
     num_heads: int
     num_groups: int
     head_dim: int
+    differ: bool = False
 
     @property
     def per_group(self) -> int:

@@ -169,13 +169,33 @@ def prompts_hash(prompts: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def wanted_prompts(
+    recipe: Recipe, tokenizer: Any, config: Any, *, seq_len: int
+) -> tuple[Manner, list[list[int]]]:
+    """Return how a model is asked, and the prompts as tokens, no longer than it can continue.
+
+    Raises:
+        RecipeError: there is no prompt.
+    """
+    manner = manner_of(recipe, chats=Chats(tokenizer).has_template)
+    longest = longest_sequence(config) or 2**31
+    most = max(1, min(longest // 2, 4 * seq_len))
+    return manner, read_prompts(manner, tokenizer, most=most)
+
+
 def written_windows(
-    recipe: Recipe, tokenizer: Any, author: Author, *, seq_len: int, device: torch.device
+    recipe: Recipe,
+    tokenizer: Any,
+    author: Author,
+    *,
+    seq_len: int,
+    device: torch.device,
+    asked: tuple[Manner, list[list[int]]] | None = None,
 ) -> Windows:
     """Return the windows that a model writes; `author` holds it in memory while it does.
 
     Deterministic for a seed on one machine. Windows count as remote: they are kept for a resumed
-    run, which does not write them again.
+    run, which does not write them again. `asked` is what `wanted_prompts` has read already.
 
     Raises:
         RecipeError: no prompts, or a model that does not generate.
@@ -185,7 +205,6 @@ def written_windows(
     import torch
 
     wish = recipe.calibration
-    manner = manner_of(recipe, chats=Chats(tokenizer).has_template)
     body = seq_len - wish.bos
     if wish.bos and tokenizer.bos_token_id is None:
         raise RecipeError(
@@ -195,7 +214,7 @@ def written_windows(
     needed = wish.num_samples * body
     with author() as model:
         longest = longest_sequence(model.config) or 2**31
-        prompts = read_prompts(manner, tokenizer, most=max(1, min(longest // 2, 4 * seq_len)))
+        manner, prompts = asked or wanted_prompts(recipe, tokenizer, model.config, seq_len=seq_len)
         stream: list[int] = []
         num_written = 0
         end = tokenizer.eos_token_id

@@ -6,6 +6,7 @@ from llmprune.base.registry import Registry
 from llmprune.catalog.baselines import BASELINES
 from llmprune.catalog.gradients import GRADIENTS
 from llmprune.catalog.halves import DEEP
+from llmprune.catalog.low_rank import FACTORED
 from llmprune.catalog.mixtures import MIXTURES
 from llmprune.catalog.second_order import SECOND_ORDER
 from llmprune.catalog.shares import SHARES
@@ -24,6 +25,7 @@ METHODS: Registry[Method] = Registry(
         **DEEP,
         **MIXTURES,
         **WHOLE_MODEL,
+        **FACTORED,
     },
 )
 

@@ -82,5 +82,15 @@ _ROWS = (
         "Removes in one shot the halves whose absence shifts mean and deviation of the final "
         "hidden states least.",
     ),
+    depth(
+        *("evopress-halves", "EvoPress, halves"),
+        "Sieberling et al., EvoPress: Accurate Dynamic Model Compression via Evolutionary Search, "
+        "arXiv:2410.14649",
+        2024,
+        "Begins with the halves whose absence alone changes the next-token distributions least, "
+        "and searches: in each generation some sets in which a few come back and others go are "
+        "tried, and the best is kept. With `--pattern blocks` it searches over whole blocks, as "
+        "the paper does.",
+    ),
 )
 DEEP = {row.name: row for row in _ROWS}

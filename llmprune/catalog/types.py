@@ -11,7 +11,8 @@ DEPTHS = ("attention", "ffn", "blocks")
 EXPERTS = ("experts", "expert-channels")
 WHOLE = ("hidden", "vocabulary")
 UNITS = (*WIDTHS, *EXPERTS, *DEPTHS, "sublayers", *WHOLE)
-PATTERNS = (*WEIGHTS, *UNITS)
+LOW_RANK = "low-rank"
+PATTERNS = (*WEIGHTS, *UNITS, LOW_RANK)
 
 
 @dataclass(frozen=True, kw_only=True)

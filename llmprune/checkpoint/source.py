@@ -9,12 +9,13 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.base.errors import CheckpointError, TooLarge
+from llmprune.base.progress import human_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,6 +97,9 @@ class Source:
 
         A copy elsewhere has the same one. Hub sources are identified by commit, which fixes their
         bytes.
+
+        Raises:
+            CheckpointError: a shard is gone, or cannot be read.
         """
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for name in sorted(self.entries):
@@ -105,12 +109,8 @@ class Source:
             digest.update(f"{self.name}@{self.revision}".encode())
             return digest.hexdigest()
         for path in self._shards():
-            size = path.stat().st_size
-            digest.update(f"{size}".encode())
-            with path.open("rb") as handle:
-                for page in range(64):
-                    handle.seek(max(0, size - 4096) * page // 63)
-                    digest.update(handle.read(4096))
+            for page in _pages(path):
+                digest.update(page)
         return digest.hexdigest()
 
     def last_change(self) -> int | None:
@@ -122,6 +122,19 @@ class Source:
 
     def _shards(self) -> list[Path]:
         return [self.folder / file for file in sorted({e.file for e in self.entries.values()})]
+
+
+def _pages(path: Path) -> Iterator[bytes]:
+    """Yield the size of a shard, then 64 of its pages, from the first to the last."""
+    try:
+        size = path.stat().st_size
+        yield f"{size}".encode()
+        with path.open("rb") as handle:
+            for page in range(64):
+                handle.seek(max(0, size - 4096) * page // 63)
+                yield handle.read(4096)
+    except OSError as error:
+        raise damaged(path, str(error)) from error
 
 
 def damaged(path: Path, reason: str) -> CheckpointError:
@@ -147,6 +160,10 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}). Check its disk and its permissions."
+        ) from error
     except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, or nested too deeply
         raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from None
     if not isinstance(data, dict):
@@ -258,7 +275,7 @@ def check_free_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise TooLarge(
-            f"{what} needs {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free. "
+            f"{what} needs {human_bytes(needed)} in {folder}, where {human_bytes(free)} are free. "
             "Free some space, or choose another disk with --out (result) or HF_HOME (downloads)."
         )
 

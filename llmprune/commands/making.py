@@ -66,8 +66,7 @@ def recover(
     """
     from llmprune.base.progress import Progress
     from llmprune.recipe import recovery_recipe
-    from llmprune.recovery.planning import open_recovery
-    from llmprune.runs import run_recipe
+    from llmprune.runs import later_lines, plans_of, run_recipe
 
     wish = {
         **{"data": data, "method": method, "steps": steps, "batch": batch, "seq_len": seq_len},
@@ -80,8 +79,11 @@ def recover(
     settings = [*(set_ or ()), *(["evaluate.perplexity=false"] if no_eval else [])]
     recipe = recovery_recipe(folder, wish, top, settings)
     if dry_run:
-        plan = open_recovery(recipe)
-        print(json.dumps(plan.data()) if as_json else plan)
+        plan, *later = plans_of(recipe)
+        if as_json:
+            print(json.dumps(plan.data() | ({"then": later} if later else {})))
+        else:
+            print("\n".join([str(plan), *later_lines(later)]))
         return
     progress = Progress("json" if as_json else "quiet" if quiet else "rich")
     report = run_recipe(recipe, progress, overwrite=overwrite)
@@ -257,6 +259,7 @@ def push(
         print(package.card)
         print("\n".join(f"{human_bytes(count):>9}  {name}" for name, count in files.items()))
         print(f"{len(files)} files, {size}, would go to {repo}; nothing was sent")
+        print("".join(f"note: {name} is too large to go\n" for name in package.left), end="")
         if package.terms and (wrong := misnamed(package.terms, repo)):
             print(f"note: {wrong}. Public, it would be {better_name(package.terms, repo)}.")
         return
@@ -266,3 +269,4 @@ def push(
     else:
         print(f"{len(files)} files, {size}: {done.url}")
         print(f"all {done.num_checked} are there as they are here, by size and hash")
+        print("".join(f"note: {name} was too large to go\n" for name in package.left), end="")

@@ -129,6 +129,16 @@ def compare(
     skip_impossible: Annotated[
         bool, Option("--skip-impossible", help="Leave out what a method cannot do.")
     ] = False,
+    statistics: Annotated[
+        str,
+        Option(
+            help="sequential: each pruning learns from what its own pruned blocks pass on, as the "
+            "bare command does. dense: all from the dense model, collected once."
+        ),
+    ] = "sequential",
+    pareto: Annotated[
+        str, Option(help="What the front is of: perplexity, or kl from the dense model.")
+    ] = "perplexity",
     set_: Annotated[
         list[str] | None,
         Option("--set", help="Any other key of all recipes: KEY=VALUE (repeatable)."),
@@ -168,12 +178,13 @@ def compare(
         evaluation=perplexity,
         num_windows=num_windows,
         limit=limit,
+        statistics=statistics,
         revision=revision,
         device=device,
         dtype=dtype if dtype == "auto" else dtype_of(dtype),
         trust_remote_code=trust_remote_code,
     )
-    planned = preview(grid, jobs=jobs, keep=keep)
+    planned = preview(grid, jobs=jobs, keep=keep, pareto=pareto)
     if dry_run:
         print(json.dumps(planned.to_dict()) if as_json else planned)
         return

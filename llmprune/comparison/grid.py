@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,8 @@ from llmprune.base.registry import near_match
 from llmprune.catalog import METHODS
 from llmprune.recipe import Recipe, build, default_steps, override
 from llmprune.recipe.effort import EFFORTS
+
+SEQUENTIAL, DENSE = "sequential", "dense"  # whose statistics cells learn from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,9 @@ class Cell:
 class Grid:
     """The wish: what differs from cell to cell, and what is the same for all of them.
 
-    `settings` are `key=value` overrides of the recipe of every cell.
+    `settings` are `key=value` overrides of the recipe of every cell. With `statistics` sequential a
+    cell learns from what its own pruned blocks pass on, as the bare command does; with dense all
+    cells decide by statistics of the dense model, which are collected once.
     """
 
     model: str
@@ -65,6 +70,7 @@ class Grid:
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     settings: tuple[str, ...] = ()
+    statistics: str = SEQUENTIAL
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
@@ -79,8 +85,17 @@ class Grid:
             for seed in self.seeds
         )
 
-    def recipe(self, cell: Cell, out: str | None = None, *, measured: bool = False) -> Recipe:
+    def recipe(
+        self,
+        cell: Cell,
+        out: str | None = None,
+        *,
+        measured: bool = False,
+        statistics: str | None = None,
+    ) -> Recipe:
         """Return the recipe of a cell; nothing but its bytes are its own where not `measured`.
+
+        `statistics` is a folder that takes the place of its text.
 
         Raises:
             RecipeError: the cell, or a setting of all, is not possible.
@@ -96,7 +111,9 @@ class Grid:
         data |= {"trust_remote_code": True} if self.trust_remote_code else {}
         asked = [f"evaluate.num_windows={self.num_windows}"]
         asked += [f"evaluate.data={self.evaluation}"] if self.evaluation else []
+        asked += ["prune.propagate=dense"] if self.statistics == DENSE else []
         last = [] if measured else ["evaluate.perplexity=false"]
+        last += [f"calibration.statistics={json.dumps(statistics)}"] if statistics else []
         return build(override(data, [*asked, *self.settings, *last]))
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,6 +161,12 @@ def check_grid(grid: Grid) -> None:
         )
     if not grid.seeds:
         raise RecipeError("seeds: none. Type --seeds 0.")
+    if grid.statistics not in (SEQUENTIAL, DENSE):
+        near = near_match(grid.statistics, (SEQUENTIAL, DENSE))
+        raise RecipeError(
+            f"statistics: {grid.statistics!r} is no choice.{near} Type --statistics sequential, "
+            "what each pruning's own blocks pass on, or --statistics dense, collected once."
+        )
     if grid.num_windows < 1:
         raise RecipeError(f"num_windows: {grid.num_windows} measures nothing. Give 1 or more.")
     if grid.limit is not None and not grid.tasks:

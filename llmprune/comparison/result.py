@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmprune.base.errors import CheckpointError
 from llmprune.checkpoint.sink import write_failed, write_json
 from llmprune.checkpoint.source import read_json
-from llmprune.comparison.rows import Row, rows_of
+from llmprune.comparison.rows import PERPLEXITY, Row, rows_of
 from llmprune.comparison.writing import comma_separated, comparison_text, markdown, table_text
 
 if TYPE_CHECKING:
@@ -45,10 +45,15 @@ class Comparison:
             )
         return cls(read_json(path))
 
+    @property
+    def axis(self) -> str:
+        """Return what the Pareto front is of, beside the parameters that are kept."""
+        return str(self.data.get("pareto", PERPLEXITY))
+
     @cached_property
     def rows(self) -> list[Row]:
         """Return a row per method and amount, over all seeds."""
-        return rows_of(self.data["cells"], self.data["dense"])
+        return rows_of(self.data["cells"], self.data["dense"], self.axis)
 
     @property
     def failed(self) -> dict[str, str]:
@@ -68,10 +73,11 @@ class Comparison:
         return table_text(self.data, self.rows)
 
     def plot(self) -> Figure:
-        """Return a figure: perplexity over the parameters that are kept, with the Pareto front."""
+        """Return a figure: perplexity, or KL, over the parameters that are kept, with the Pareto
+        front."""
         from llmprune.comparison.pictures import pareto_figure
 
-        return pareto_figure(self.data["dense"], self.rows)
+        return pareto_figure(self.data["dense"], self.rows, self.axis)
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write comparison.{json,csv,md,html} and pareto.{png,svg}, each whole or not at all.

@@ -10,6 +10,9 @@ from typing import Any
 
 from llmprune.comparison.pareto import front
 
+PERPLEXITY, KL = "perplexity", "kl"
+AXES = (PERPLEXITY, KL)  # what a front may be of, beside the parameters that are kept
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
@@ -33,8 +36,9 @@ class Row:
     """A method at an amount. `kept` counts the parameters that are not removed, zeros left out.
 
     `loss` is the mean negative log-likelihood per token in nats, `ratio` the perplexity over the
-    dense model's, `gap` what the loss is above the dense one's, `memory` bytes at most. `tasks` are
-    scores with their standard errors, of several seeds the means of both.
+    dense model's, `gap` what the loss is above the dense one's, `memory` bytes at most. `kl` is the
+    mean KL(dense || pruned) per token in nats, None where it was not measured. It and `tasks` come
+    with their standard errors, of several seeds the means of both.
     """
 
     method: str
@@ -47,11 +51,18 @@ class Row:
     perplexity: Spread
     ratio: float
     gap: float
+    kl: tuple[float, float | None] | None
     tasks: Mapping[str, tuple[float, float | None]]
     seconds: float
     memory: int
     best: bool = False
     front: bool = False
+
+    def height(self, axis: str) -> float:
+        """Return perplexity or KL, which is NaN where it was not measured."""
+        if axis == PERPLEXITY:
+            return self.perplexity.mean
+        return math.nan if self.kl is None else self.kl[0]
 
     @property
     def marks(self) -> str:
@@ -59,24 +70,33 @@ class Row:
         return ", ".join([*["best"] * self.best, *["Pareto"] * self.front])
 
 
-def rows_of(results: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list[Row]:
+def rows_of(
+    results: Sequence[Mapping[str, Any]], dense: Mapping[str, Any], axis: str = PERPLEXITY
+) -> list[Row]:
     """Return a row per method and amount, in the order in which they come.
 
     Results whose cell failed are left out. The best of an amount has the lowest mean loss; on the
-    front is what no row, and not the dense model, beats in both kept parameters and loss.
+    front is what no row, and not the dense model, beats in both kept parameters and loss, or KL by
+    the `axis`; there a row without KL is never.
     """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for result in results:
         if "error" not in result:
             groups.setdefault((result["method"], result["asked"]), []).append(result)
     rows = [_row(*key, found, dense) for key, found in groups.items()]
-    points = [(float(dense["parameters"]), float(dense["loss"]))]
-    points += [(float(row.kept), row.loss) for row in rows]
+    points = [(float(dense["parameters"]), 0.0 if axis == KL else float(dense["loss"]))]
+    points += [(float(row.kept), _badness(row, axis)) for row in rows]
     undominated = front(points)
     return [
         replace(row, best=_is_best(row, rows), front=place + 1 in undominated)
         for place, row in enumerate(rows)
     ]
+
+
+def _badness(row: Row, axis: str) -> float:
+    if axis == PERPLEXITY:
+        return row.loss
+    return math.inf if row.kl is None else row.kl[0]
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -103,6 +123,7 @@ def _row(
         perplexity=spread([result["perplexity"] for result in found]),
         ratio=math.exp(loss - dense["loss"]),
         gap=loss - dense["loss"],
+        kl=_score([r["kl"] for r in found]) if all(r.get("kl") for r in found) else None,
         tasks={name: _score([r["tasks"][name] for r in found]) for name in found[0]["tasks"]},
         seconds=fmean(result["seconds"] for result in found),
         memory=max(result["memory"] for result in found),

@@ -1,5 +1,6 @@
 """What all cells of a grid share: calibration windows, the question, the dense model's answer,
-gradients; made once by whichever process comes first, and kept in OUT/work.
+gradients, statistics of the dense model; made once by whichever process comes first, and kept in
+OUT/work.
 
 Shapes: N windows, T tokens in each.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,22 +26,25 @@ from llmprune.asking import evaluation_question
 from llmprune.base.progress import Progress
 from llmprune.calibration.mix import Windows, wish_hash
 from llmprune.calibration.windows import token_hash
-from llmprune.checkpoint.sink import write_json, write_tensors
+from llmprune.checkpoint.sink import copy_file, write_json, write_tensors
 from llmprune.checkpoint.source import open_folder, read_json
+from llmprune.collecting import collect
 from llmprune.comparison.grid import Grid
 from llmprune.delivery.heterogeneous import is_own_code
-from llmprune.engine.calibrating import calibration_windows, check_tokens, leaked_share, run_text
+from llmprune.engine.calibrating import check_tokens, leaked_share, opened_windows, run_text
 from llmprune.engine.folder import what_fixes
 from llmprune.engine.gradients import take_gradients
-from llmprune.engine.opening import Opened, open_blocks, open_plan, read_tokenizer
+from llmprune.engine.opening import Opened, open_blocks, open_plan
 from llmprune.engine.records import Records
 from llmprune.engine.sites import linears_of
-from llmprune.evaluation.perplexity import Question, loss_of_blocks
+from llmprune.evaluation.nearness import keep_dense, measure_nearness
+from llmprune.evaluation.perplexity import Question
 from llmprune.evaluation.windows import Windows as Asked
 from llmprune.measuring import evaluate
 from llmprune.walk.streamed import Streamed
 
 WINDOWS, DENSE, GRADIENTS = "calibration windows", "dense baseline", "gradients"
+STATISTICS = "statistics of the dense model"
 
 
 @dataclass(frozen=True)
@@ -93,22 +98,51 @@ class Shared:
             if not path.exists():
                 opened = self.first
                 with self.timed(DENSE, "all"):
-                    found = self.measured(opened.blocks, opened) | {
-                        "tasks": self.scores(self.grid.model)
-                    }
+                    nats, count = self._walk_dense()
+                    found = self.told(opened, nats, count) | {"kl": [0.0, None]}
+                    found |= {"tasks": self.scores(self.grid.model)}
                 write_json(path, found | {"parameters": opened.plan.num_params})
         return read_json(path)
 
     def measured(self, blocks: Streamed, opened: Opened) -> dict[str, Any]:
-        """Return loss and perplexity of blocks on the one question."""
+        """Return loss, perplexity and KL from the dense model of blocks on the one question, all of
+        one walk."""
         question, micro_batch = self.question
-        device, dtype = opened.plan.device, opened.plan.dtype
-        nats, count = loss_of_blocks(
-            replace(blocks, device=device, dtype=dtype), *question.windows, micro_batch=micro_batch
+        with self.alone("dense"):
+            if not (self.states / "whole").exists():  # a grid that was finished has grown
+                self._walk_dense()
+        found = measure_nearness(
+            self._computing(blocks, opened),
+            question.windows,
+            self._computing(self.first.blocks, self.first),
+            self.states,
+            micro_batch=micro_batch,
         )
-        answer = question.answer(nats, count, dtype=dtype)
+        return self.told(opened, found.nats, found.count) | {"kl": [found.kl, found.stderr]}
+
+    @property
+    def states(self) -> Path:
+        """Return the folder of the dense model's hidden states after all blocks."""
+        return self.work / "dense-states"
+
+    def told(self, opened: Opened, nats: float, count: int) -> dict[str, Any]:
+        """Return what a summed loss says, and of which question."""
+        question = self.question[0]
+        answer = question.answer(nats, count, dtype=opened.plan.dtype)
         told = {"loss": nats / count, "perplexity": answer.value, "protocol": answer.protocol}
         return told | {"tokens": token_hash(question.windows.inputs_NT)}
+
+    def _walk_dense(self) -> tuple[float, int]:
+        """Return the dense model's (summed loss, predicted tokens); keep its hidden states."""
+        question, micro_batch = self.question
+        blocks = self._computing(self.first.blocks, self.first)
+        found = keep_dense(blocks, question.windows, self.states, micro_batch=micro_batch)
+        (self.states / "whole").touch()
+        return found
+
+    @staticmethod
+    def _computing(blocks: Streamed, opened: Opened) -> Streamed:
+        return replace(blocks, device=opened.plan.device, dtype=opened.plan.dtype)
 
     def result_blocks(self, folder: Path, opened: Opened) -> Streamed:
         """Open a result for walking; its own code runs where it is what llmprune ships."""
@@ -147,8 +181,7 @@ class Shared:
         with self.alone(f"tokens-{key}"):
             if not facts.exists():
                 with self.timed(WINDOWS, key):
-                    words = read_tokenizer(opened.source, plan.recipe)
-                    made = calibration_windows(plan, words, Progress("quiet"))
+                    made = opened_windows(opened, Progress("quiet"))
                 check_tokens(made.tokens, opened.blocks.model.config)
                 asked_NT = self.question[0].windows.inputs_NT
                 leak = leaked_share(made.tokens, asked_NT, Progress("quiet"))
@@ -201,6 +234,30 @@ class Shared:
                 _linked(file, records.survey / file.name)
         return key
 
+    def collected(self, opened: Opened, windows: Windows) -> tuple[str, Path]:
+        """Return the folder of what all cells learn of these windows, and its key; the dense model
+        is walked once for all of them.
+
+        Raises:
+            LlmpruneError: they cannot be collected.
+        """
+        plan = opened.plan
+        names = tuple(read_json(self.home / "grid.json")["statistics"])
+        asked = [opened.source.fingerprint(), windows.record["tokens"], names, plan.dtype_name]
+        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        folder = self.work / f"statistics-{key}"
+        with self.alone(f"statistics-{key}"):
+            if not folder.exists():
+                left = Records(out=folder).partial  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+                with self.timed(STATISTICS, key):
+                    collect(
+                        *(plan.recipe, folder, Progress("quiet")),
+                        tokens=windows.tokens,
+                        names=names,
+                    )
+        return key, folder
+
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
         """Hold what is shared against other processes, which wait."""
@@ -247,9 +304,7 @@ def _insisting(opened: Opened) -> Opened:
 
 def _linked(file: Path, target: Path) -> None:
     """Give a file a second name, or copy it where the disk has no such names."""
-    import shutil
-
     try:
         os.link(file, target)
     except OSError:
-        shutil.copyfile(file, target)
+        copy_file(file, target)

@@ -21,10 +21,10 @@ from filelock import FileLock, Timeout
 
 from llmprune.base.errors import LlmpruneError
 from llmprune.base.progress import Progress
-from llmprune.checkpoint.sink import write_json
+from llmprune.checkpoint.sink import copy_file, write_json
 from llmprune.checkpoint.source import read_json
-from llmprune.comparison.grid import Cell, grid_from
-from llmprune.comparison.shared import GRADIENTS, Shared
+from llmprune.comparison.grid import DENSE, Cell, grid_from
+from llmprune.comparison.shared import GRADIENTS, STATISTICS, Shared
 from llmprune.engine.opening import open_plan
 from llmprune.steps import run_streamed
 
@@ -81,20 +81,26 @@ def prune_and_measure(shared: Shared, cell: Cell, *, keep: bool) -> dict[str, An
     out = shared.home / "runs" / cell.name
     opened = open_plan(shared.grid.recipe(cell, str(out)))
     key, windows = shared.windows(opened) if opened.plan.forward else (None, None)
+    statistics = None
+    if windows is not None and shared.grid.statistics == DENSE:
+        statistics, folder = shared.collected(opened, windows)
+        opened = open_plan(shared.grid.recipe(cell, str(out), statistics=str(folder)))
+        windows = None
     gradients = shared.lend_gradients(opened, windows)
     report = run_streamed(opened, Progress("quiet"), tokens=windows).data
     found = shared.measured(shared.result_blocks(out, opened), opened)
     scores = shared.scores(out)
-    shutil.copyfile(out / "llmprune" / "report.json", _place(shared.home, cell.name))
+    copy_file(out / "llmprune" / "report.json", _place(shared.home, cell.name))
     spent = sum(seconds for name, seconds in report["seconds"].items() if name in PRUNING)
     spent += shared.seconds(GRADIENTS, gradients) if gradients else 0.0
+    spent += shared.seconds(STATISTICS, statistics) if statistics else 0.0
     after = int(report["parameters_after"])
     removed = sum(row["removed_weights"] for block in report["blocks"] for row in block["sites"])
     return {
         "sparsity": report["sparsity"],
         "parameters": after,
         "kept": after - removed if report["form"] == "masked" else after,
-        **{name: found[name] for name in ("loss", "perplexity")},
+        **{name: found[name] for name in ("loss", "perplexity", "kl")},
         "tasks": scores,
         "seconds": round(spent, 3),
         "wall": round(time.perf_counter() - start, 3),
@@ -103,7 +109,7 @@ def prune_and_measure(shared: Shared, cell: Cell, *, keep: bool) -> dict[str, An
         "warnings": list(report["warnings"]),
         "files": dict(report["files"]),
         "run": {key: report["run"][key] for key in ("threads", "device", "dtype", "versions")},
-        "used": {"windows": key, "gradients": gradients},
+        "used": {"windows": key, "gradients": gradients, "statistics": statistics},
         "folder": str(out.relative_to(shared.home)) if keep else None,
     }
 

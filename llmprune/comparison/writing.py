@@ -11,7 +11,12 @@ from llmprune.base.progress import human_bytes, human_seconds
 from llmprune.base.text import columns, named_lines
 from llmprune.comparison.rows import Row
 
-HEAD = ("method", "asked", "reached", "kept", "perplexity", "x dense", "loss gap")
+HEAD = ("method", "asked", "reached", "kept", "perplexity", "x dense", "loss gap", "KL")
+
+KL_IS = (
+    "mean KL(dense || pruned) of the next token in nats, at the tokens that perplexity is of; its "
+    "standard error is by windows, of several seeds the mean of both"
+)
 
 
 def cells_of(rows: Sequence[Row], dense: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -19,11 +24,13 @@ def cells_of(rows: Sequence[Row], dense: Mapping[str, Any]) -> tuple[list[str], 
     tasks = list(dense["tasks"])
     head = [*HEAD, *tasks, "seconds", "memory", ""]
     first = ["dense", "", "0.0000", f"{dense['parameters']:,}", f"{dense['perplexity']:.3f}"]
-    first += ["1.000", "0.0000", *(score_text(*dense["tasks"][name]) for name in tasks), "", "", ""]
+    first += ["1.000", "0.0000", "0.0000"]
+    first += [*(score_text(*dense["tasks"][name]) for name in tasks), "", "", ""]
     body = [
         [
             *(row.method, row.asked, f"{row.sparsity:.4f}", f"{row.kept:,}"),
             *(row.perplexity.text(3), f"{row.ratio:.3f}", f"{row.gap:.4f}"),
+            "" if row.kl is None else kl_text(*row.kl),
             *(score_text(*row.tasks[name]) if name in row.tasks else "" for name in tasks),
             *(f"{row.seconds:.1f}", human_bytes(row.memory), row.marks),
         ]
@@ -35,6 +42,15 @@ def cells_of(rows: Sequence[Row], dense: Mapping[str, Any]) -> tuple[list[str], 
 def score_text(value: float, error: float | None) -> str:
     """Return a task's score with its standard error."""
     return f"{value:.5g}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+def kl_text(value: float, error: float | None) -> str:
+    """Return a mean KL in nats per token with its standard error.
+
+    >>> kl_text(0.25, 0.01), kl_text(0.25, None)
+    ('0.2500 ± 0.0100', '0.2500')
+    """
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def table_text(data: Mapping[str, Any], rows: Sequence[Row]) -> str:
@@ -79,13 +95,13 @@ def comma_separated(data: Mapping[str, Any], rows: Sequence[Row]) -> str:
     tasks = list(data["dense"]["tasks"])
     head = [
         *("method", "asked", "seeds", "sparsity", "parameters", "kept", "loss", "perplexity"),
-        *("perplexity_std", "ratio", "loss_gap"),
+        *("perplexity_std", "ratio", "loss_gap", "kl", "kl_stderr"),
         *(part for name in tasks for part in (name, f"{name} stderr")),
         *("seconds", "peak_memory", "best", "pareto"),
     ]
     dense = data["dense"]
     first = ["dense", "", 1, 0.0, dense["parameters"], dense["parameters"], dense["loss"]]
-    first += [dense["perplexity"], None, 1.0, 0.0]
+    first += [dense["perplexity"], None, 1.0, 0.0, 0.0, None]
     first += [*(part for name in tasks for part in dense["tasks"][name]), None, None, 0, 0]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -97,6 +113,7 @@ def comma_separated(data: Mapping[str, Any], rows: Sequence[Row]) -> str:
             [
                 *(row.method, row.asked, row.num_seeds, row.sparsity, row.parameters, row.kept),
                 *(row.loss, row.perplexity.mean, row.perplexity.deviation, row.ratio, row.gap),
+                *(row.kl or (None, None)),
                 *scores,
                 *(row.seconds, row.memory, int(row.best), int(row.front)),
             ]
@@ -111,7 +128,9 @@ def protocol_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         "model": told["model"],
         "calibration": told["calibration"],
         "evaluation": told["evaluation"],
+        "statistics": told.get("statistics") or "",
         "leak": leak_text(told["leak"]),
+        "KL": KL_IS if any("kl" in cell for cell in data["cells"]) else "",
         "tasks": told.get("tasks") or "",
         "settings": ", ".join(told["settings"]),
         "computed": f"{told['dtype']} on {told['device']}, {told['threads']} threads",
@@ -120,6 +139,22 @@ def protocol_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         "shared": shared_text(data["shared"]),
     }
     return [(name, text) for name, text in lines.items() if text]
+
+
+def statistics_text(asked: str, names: Sequence[str]) -> str:
+    """Return whose statistics cells learnt from, where these were collected once; else nothing.
+
+    >>> statistics_text("dense", ["col_sq"])[:68]
+    'col_sq of the dense model, collected once for all cells: masks differ'
+    >>> statistics_text("sequential", [])
+    ''
+    """
+    if asked != "dense" or not names:
+        return ""
+    return (
+        f"{', '.join(names)} of the dense model, collected once for all cells: masks differ from "
+        "those of the bare command, whose blocks learn from what pruned ones pass on"
+    )
 
 
 def leak_text(shares: Mapping[str, float | None]) -> str:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.arch.limits import longest_sequence
-from llmprune.base.errors import CheckpointError, WontLoad
+from llmprune.base.errors import CheckpointError, TooLarge, WontLoad
 from llmprune.base.memory import return_freed
-from llmprune.checkpoint.sink import write_json, write_tensors
+from llmprune.checkpoint.sink import write_failed, write_json, write_tensors
 from llmprune.checkpoint.skeleton import build_skeleton, read_config
 from llmprune.checkpoint.source import Source, open_folder, read_json
 from llmprune.delivery.agreement import Agreement, compare
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROWS, TOKENS = 2, 128
+ZEROS = "zeros"
 OURS = "ours.safetensors"
 SAME = "the same with a cache as without"
 PIECE = 2**17  # of memory that the fresh process gives back as soon as it is freed
@@ -52,6 +53,7 @@ class Verdict:
     untouched_equal: int | None
     masked: Agreement | None = None
     generation: str | None = None
+    beside: str = ZEROS
 
     def text(self) -> str:
         """Return the verdict as a sentence."""
@@ -60,7 +62,7 @@ class Verdict:
             if self.untouched_equal is not None
             else ""
         )
-        smaller = f"; as with zeros: {self.masked.text()}" if self.masked else ""
+        smaller = f"; as with {self.beside}: {self.masked.text()}" if self.masked else ""
         said = f"; greedy generation: {self.generation}" if self.generation else ""
         return (
             f"loads in a fresh process; {self.num_tensors} tensors; logits: "
@@ -82,13 +84,14 @@ def pass_gate(
     masked: Callable[[Tensor], Tensor] | None = None,
     own_code: bool = False,
     generate: bool = False,
+    beside: str = ZEROS,
 ) -> Verdict:
     """Prove a folder.
 
     `masked` gives the logits of token ids in the source's shapes, with zeros where a shrunk result
-    has nothing: what it computes must agree with them, and generation with a cache with that
-    without. `generate` asks for the latter alone. With `own_code` the result brings code,
-    which must not be run unasked.
+    has nothing (or what else `beside` says): what it computes must agree with them, and generation
+    with a cache with that without. `generate` asks for the latter alone. With `own_code` the result
+    brings code, which must not be run unasked.
 
     Raises:
         WontLoad: it does not load cleanly, computes something else, or generates something else
@@ -124,9 +127,9 @@ def pass_gate(
             as_masked = compare(zeros, Path(scratch) / OURS, str(dtype))
             if not as_masked.passed:
                 raise WontLoad(
-                    f"{folder} computes something else than the same model with zeros in place of "
-                    f"what was removed: {as_masked.text()}. This family's config gives other sizes "
-                    "another meaning; use --set prune.form=masked."
+                    f"{folder} computes something else than the same model with {beside} in place "
+                    f"of what was removed: {as_masked.text()}. This family's config gives other "
+                    "sizes another meaning; use --set prune.form=masked."
                 )
     if math.isnan(agreement.kl):
         raise WontLoad(
@@ -149,6 +152,7 @@ def pass_gate(
         untouched_equal=_check_untouched(written, source, folder) if source else None,
         masked=as_masked,
         generation=generation,
+        beside=beside,
     )
 
 
@@ -183,6 +187,7 @@ def _agree_with_stock(folder: Path, scratch: Path, job: Mapping[str, Any], size:
 
     Raises:
         WontLoad: it does not load, or not cleanly.
+        TooLarge: the disk is full.
     """
     import psutil
 
@@ -198,6 +203,9 @@ def _agree_with_stock(folder: Path, scratch: Path, job: Mapping[str, Any], size:
             if agreement.passed:
                 break
     if agreement is None:
+        full = write_failed(scratch, OSError(reason))
+        if isinstance(full, TooLarge):  # it says nothing of the result
+            raise full
         raise WontLoad(f"{folder} does not load with from_pretrained: {reason}")
     return agreement if agreement.passed else _agree_alone(scratch, job, order[-1], agreement)
 

@@ -7,13 +7,14 @@ other runtimes know too; E3 any family, with code of our own. The code lies in `
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from llmprune import remote
 from llmprune.arch.layout import BlockLayout, Layout, Tier
+from llmprune.arch.resize import NUM_BLOCKS
 from llmprune.base.errors import WontLoad, first_line
 from llmprune.delivery.trial import why_halves_stay, why_no_shape
 
@@ -54,6 +55,13 @@ def is_own_code(folder: Path) -> bool:
     found = sorted(folder.glob("*.py"))
     own = {path.name: path.read_bytes() for path in HOME.glob("modeling_*.py")}
     return bool(found) and all(own.get(path.name) == path.read_bytes() for path in found)
+
+
+def stale_code(folder: Path, config: Mapping[str, Any]) -> list[Path]:
+    """Return the files of our code in a folder that its config.json does not ask for."""
+    asked = {str(name).partition(".")[0] for name in (config.get("auto_map") or {}).values()}
+    found = [folder / f"{name}.py" for name in (FREE, PORTABLE) if name not in asked]
+    return [path for path in found if path.is_file()]
 
 
 def why_not(config: Mapping[str, Any], layout: Layout, tier: Tier) -> str | None:
@@ -113,6 +121,111 @@ def heterogeneous_config(
         "model_type": f"llmprune_{config['model_type']}",  # no stock class must claim it
         "per_layer_config": {index: entries for index, entries in own.items() if entries},
     }, (HOME / f"{FREE}.py",)
+
+
+def factored_config(
+    config: Mapping[str, Any], ranks: Sequence[Mapping[str, int]]
+) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """Return the config.json of a result with two linears in place of some, and its code.
+
+    `ranks` are, block by block, those of linears by their names in the block; of two that became
+    one's, each may become two again.
+
+    Raises:
+        WontLoad: the family has no class that could be built upon.
+    """
+    found = dict(config)
+    before = found.get("ranks") or [{}] * len(ranks)
+    if not is_free(config):
+        if _stock_classes(config) is None:
+            raise WontLoad(
+                f"{config.get('model_type')} is no causal language model of transformers, so no "
+                "code of ours can put two linears in place of one. Type --set prune.tier=E0 for "
+                "their product, which saves nothing, or choose another --pattern."
+            )
+        alike = Layout(blocks=tuple(BlockLayout(source=index) for index in range(len(ranks))))
+        found, _ = heterogeneous_config(config, alike, "E3")
+        del found["per_layer_config"], found["allow_global_per_layer_attribute_access"]
+    joined = [{**old, **own} for old, own in zip(before, ranks, strict=True)]
+    return found | {"ranks": joined}, (HOME / f"{FREE}.py",)
+
+
+def unfolded(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[BlockLayout]] | None:
+    """Return the stock config of a result whose blocks differ, and what each block has of it.
+
+    That is its config.json without what tiers E2 and E3 wrote into it, the widest of all sizes for
+    all. None for any other model, and for linears of low rank, of which no stock config can say.
+    """
+    if config.get("ranks"):
+        return None
+    if is_free(config):
+        return _unfolded_free(config)
+    if config.get("model_type") == "nemotron-nas" and config.get("block_configs"):
+        return _unfolded_portable(config)
+    return None
+
+
+def _unfolded_free(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[BlockLayout]]:
+    own = {
+        int(index): dict(entries)
+        for index, entries in (config.get("per_layer_config") or {}).items()
+    }
+    keys = sorted({key for entries in own.values() for key in entries} - {"skip"})
+    ours = {half: word for word, half in HALF.items()}
+    blocks = []
+    for index in range(_num_blocks(config)):
+        entries = own.get(index, {})
+        gone = tuple(ours[half] for half in entries.get("skip", ()))
+        sizes = {key: entries.get(key, config[key]) for key in keys}
+        blocks.append(_as_left(index, sizes, gone))
+    written = ("allow_global_per_layer_attribute_access", "auto_map", "per_layer_config")
+    return {key: value for key, value in config.items() if key not in written} | {
+        "architectures": [name.removeprefix("Llmprune") for name in config["architectures"]],
+        "model_type": str(config["model_type"]).removeprefix("llmprune_"),
+    }, blocks
+
+
+def _unfolded_portable(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[BlockLayout]]:
+    blocks = []
+    for index, parts in enumerate(config["block_configs"]):
+        gone = ("attention",) if parts["attention"]["no_op"] else ()
+        sizes = {"intermediate_size": parts["ffn"]["intermediate_size"]}
+        blocks.append(_as_left(index, sizes, gone))
+    written = ("auto_map", "block_configs", "per_layer_config", "qkv_bias")
+    found = {key: value for key, value in config.items() if key not in written}
+    qwen = config.get("qkv_bias", False) and not config.get("attention_bias")
+    kind = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    kind = kind if qwen else {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    return found | kind, blocks
+
+
+def _num_blocks(config: Mapping[str, Any]) -> int:
+    return next(int(config[key]) for key in NUM_BLOCKS if isinstance(config.get(key), int))
+
+
+def _as_left(index: int, sizes: Mapping[str, int], gone: tuple[str, ...]) -> BlockLayout:
+    """Return a block without the sizes of halves that it lacks."""
+    heads = (*QUERIES, *GROUPS)
+    lost = {"attention": heads, "ffn": tuple(sizes.keys() - set(heads))}
+    without = {key for half in gone for key in lost[half]}
+    left = {key: size for key, size in sizes.items() if key not in without}
+    return BlockLayout(source=index, sizes=left, without=gone)
+
+
+def cut_again(layout: Layout, before: Sequence[BlockLayout]) -> Layout:
+    """Return what is left of blocks that had sizes of their own, and may have lacked halves."""
+    blocks = []
+    for block in layout.blocks:
+        earlier = before[block.source]
+        gone = tuple(dict.fromkeys((*earlier.without, *block.without)))
+        blocks.append(_as_left(block.source, {**earlier.sizes, **block.sizes}, gone))
+    return Layout(blocks=tuple(blocks), shared=layout.shared)
+
+
+def is_free(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config.json is that of a result of tier E3, whose classes are ours."""
+    classes = (config.get("auto_map") or {}).values()
+    return bool(classes) and all(str(name).startswith(f"{FREE}.") for name in classes)
 
 
 def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

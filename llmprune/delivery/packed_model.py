@@ -17,10 +17,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llmprune.base.errors import CheckpointError, RecipeError, WontLoad
+from llmprune.base.errors import (
+    CheckpointError,
+    LlmpruneError,
+    RecipeError,
+    TooLarge,
+    WontLoad,
+)
 from llmprune.base.progress import human_bytes
 from llmprune.checkpoint.hub import fetch_whole, is_hub_id
-from llmprune.checkpoint.sink import check_links, copy_side_files, settle, write_json, write_tensors
+from llmprune.checkpoint.sink import (
+    check_links,
+    copy_file,
+    copy_side_files,
+    settle,
+    write_failed,
+    write_json,
+    write_tensors,
+)
 from llmprune.checkpoint.source import (
     Entry,
     Source,
@@ -125,6 +139,7 @@ def pack_model(folder: Path, out: Path, *, overwrite: bool = False) -> Packed:
     Raises:
         RecipeError: the folder is no masked result, or `out` holds something.
         CheckpointError: the result is damaged, or what was written is not what it was.
+        TooLarge: the disk is full.
     """
     source, masks = open_folder(folder), MaskFiles(folder)
     if not masks.index:
@@ -150,9 +165,22 @@ def pack_model(folder: Path, out: Path, *, overwrite: bool = False) -> Packed:
         os.replace(scratch, out)
         settle(out.parent)
         shutil.rmtree(aside, ignore_errors=True)
+    except (TooLarge, OSError) as error:
+        raise _unwritten(out, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return found
+
+
+def _unwritten(out: Path, error: Exception) -> LlmpruneError:
+    """Return the error for a folder that could not be written; nothing of it stays."""
+    failed = error if isinstance(error, LlmpruneError) else write_failed(out, error)
+    if not isinstance(failed, TooLarge):
+        return failed
+    return TooLarge(
+        f"the disk is full: {out} could not be written, and nothing of it is left. Free some space "
+        "and run the same command again, or choose another disk with --out."
+    )
 
 
 def _write(source: Source, masks: MaskFiles, scratch: Path, out: Path) -> Packed:
@@ -172,7 +200,7 @@ def _write(source: Source, masks: MaskFiles, scratch: Path, out: Path) -> Packed
     (scratch / OWN).mkdir()
     for name in SAYS:
         if (path := source.folder / OWN / name).exists():
-            shutil.copyfile(path, scratch / OWN / name)
+            copy_file(path, scratch / OWN / name)
     listed = {"format": FORMAT, "files": len(files), "tensors": dict(sorted(shapes.items()))}
     write_json(scratch / LIST, listed)
     before = sum(source.entries[name].num_bytes for name in shapes)

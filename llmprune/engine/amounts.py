@@ -16,11 +16,12 @@ from llmprune.catalog import METHODS, Method
 from llmprune.engine.budgets import EMPTY, Budget
 from llmprune.engine.cost import Estimate, Survey
 from llmprune.engine.parts import Needs, allocation_of, options_for
+from llmprune.engine.ranks import rank_counts
 from llmprune.engine.sites import is_skipped
 from llmprune.engine.target import ROUNDS, SPLITS
 from llmprune.engine.unit_amounts import allocate_units, choose_unit_allocation, request_of
 from llmprune.mask.counts import exact_sparsity, round_half_up
-from llmprune.mask.pattern import NofM, Pattern, Tiles, Units
+from llmprune.mask.pattern import LowRank, NofM, Pattern, Tiles, Units
 from llmprune.score import SCORES
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def choose_allocation(step: PruneStep, method: Method, pattern: Pattern) -> str:
     if isinstance(pattern, Units):
         return choose_unit_allocation(step, method, pattern)
     name = allocation_of(step, method)
+    if isinstance(pattern, LowRank):
+        return name
     if ALLOCATIONS[name].units:
         raise RecipeError(
             f"prune.allocation: {name} decides about whole units, and pattern {step.pattern} "
@@ -125,6 +128,8 @@ def allocate(
         probe=probe,
     )
     shares = row.fn(request)
+    if isinstance(pattern, LowRank):
+        return rank_counts(sites, shares)
     units = {site.name: site.num_units for site in sites}
     whole = {name: share * units[name] for name, share in shares.items()}
     if allocation != "uniform" and all(count.denominator == 1 for count in whole.values()):

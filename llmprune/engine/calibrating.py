@@ -20,14 +20,23 @@ from llmprune.base.memory import return_freed
 from llmprune.base.progress import Progress
 from llmprune.calibration.leak import MOST_SHARED, RUN, shared_share
 from llmprune.calibration.mix import Windows, read_windows, window_record, wish_hash
-from llmprune.calibration.on_policy import Author, check_room, written_windows
+from llmprune.calibration.on_policy import (
+    Author,
+    Manner,
+    check_room,
+    prompts_hash,
+    wanted_prompts,
+    written_windows,
+)
 from llmprune.calibration.selection import AUTO, DEMO, RANDOM, calibration_texts, is_demo, place_of
 from llmprune.calibration.windows import token_hash, tokenize_windows
+from llmprune.calibration.written import keep_text, kept_text, text_key
 from llmprune.checkpoint.sink import write_tensors
 from llmprune.engine.opening import Opened, read_tokenizer
 from llmprune.engine.plan import Plan
 from llmprune.engine.plan_table import writing_text
 from llmprune.engine.records import Records
+from llmprune.evaluation.remembered import model_key
 from llmprune.evaluation.tasks import hushed
 from llmprune.recipe.texts import ON_POLICY
 
@@ -95,9 +104,53 @@ def run_text(
         tokens = _kept_tokens(records)
         if tokens is not None and token_hash(tokens) == before["tokens"]:
             return _text(asked, Windows(tokens=tokens, record=known["record"], is_remote=True))
-    tokenizer = read_tokenizer(opened.source, opened.plan.recipe)
-    author = partial(author_of, opened)
-    return _text(asked, calibration_windows(opened.plan, tokenizer, progress, author=author))
+    return _text(asked, opened_windows(opened, progress))
+
+
+def opened_windows(opened: Opened, progress: Progress) -> Windows:
+    """Return the token windows (N, T) of the recipe's text; where the model writes it itself, from
+    those that are kept, if it has written them before.
+
+    Raises:
+        LlmpruneError: the text is not there, cannot be reached, or is too short; no tokenizer.
+    """
+    plan, config = opened.plan, opened.blocks.model.config
+    words = read_tokenizer(opened.source, plan.recipe)
+    wish, author = plan.recipe.calibration, partial(author_of, opened)
+    if wish.data != ON_POLICY or wish.cache is False:
+        return calibration_windows(plan, words, progress, author=author)
+    asked = wanted_prompts(plan.recipe, words, config, seq_len=plan.seq_len)
+    key = text_key(_decides(opened, words, *asked))
+    found = kept_text(key)
+    if found is not None:
+        progress.note(
+            f"calibration: what the model wrote before for the same prompts is read again "
+            f"({key[:16]}); calibration.cache=false writes anew"
+        )
+        return found
+    return keep_text(key, calibration_windows(plan, words, progress, author=author, asked=asked))
+
+
+def _decides(
+    opened: Opened, tokenizer: Any, manner: Manner, prompts: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Return all that decides what a model writes on a machine."""
+    import platform
+
+    import transformers
+
+    plan = opened.plan
+    return {
+        "model": model_key(opened.source),
+        **manner.record(),
+        "prompts": prompts_hash(prompts),  # what they say, not where they lie
+        **{"seed": manner.seed, "num_samples": plan.num_samples, "seq_len": plan.seq_len},
+        "bos": tokenizer.bos_token_id if plan.recipe.calibration.bos else None,
+        "ends": [tokenizer.eos_token_id, tokenizer.pad_token_id],
+        **{"dtype": plan.dtype_name, "device": plan.device.type, "machine": platform.machine()},
+        "threads": torch.get_num_threads(),
+        "versions": [torch.__version__, transformers.__version__],
+    }
 
 
 @contextmanager
@@ -132,10 +185,12 @@ def calibration_windows(
     *,
     texts: Sequence[str] | None = None,
     author: Author | None = None,
+    asked: tuple[Manner, list[list[int]]] | None = None,
 ) -> Windows:
     """Return the token windows (N, T) of the recipe's text, or of texts given as strings.
 
-    `author` holds the model in memory for text that it writes itself.
+    `author` holds the model in memory for text that it writes itself; `asked` are the prompts for
+    it, where they were read before.
 
     Raises:
         RecipeError: the text is not there, cannot be reached, or is too short.
@@ -146,7 +201,12 @@ def calibration_windows(
     if texts is None and recipe.calibration.data == ON_POLICY:
         assert author is not None  # who prunes has the model
         progress.note(f"calibration: the model writes it, {writing_text(plan)}")
-        return written_windows(recipe, tokenizer, author, seq_len=plan.seq_len, device=plan.device)
+        return written_windows(
+            *(recipe, tokenizer, author),
+            seq_len=plan.seq_len,
+            device=plan.device,
+            asked=asked,
+        )
     if texts is None:
         names = [text.data for text in calibration_texts(recipe)]
         if any(place_of(name) in ("preset", "hub") for name in names):

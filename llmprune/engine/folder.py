@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune import __version__
+from llmprune.arch.types import RANK, Site
 from llmprune.base.timeline import Timeline
 from llmprune.calibration.windows import token_hash
 from llmprune.checkpoint.sink import copy_file, copy_side_files, hash_file, shard_name, write_json
 from llmprune.checkpoint.source import read_json
+from llmprune.delivery.heterogeneous import stale_code
 from llmprune.delivery.manifest import manifest_of
 from llmprune.delivery.masks import OWN, MaskFiles
 from llmprune.engine.budgets import budget_data
@@ -105,6 +107,8 @@ def complete(
         write_json(records.partial / "config.json", dict(shipment.config))
         for path in shipment.code:
             copy_file(path, records.partial / path.name)
+        for path in stale_code(records.partial, shipment.config):  # of a source that differed
+            path.unlink()
     masks = {
         name: {
             "file": shard_name(row["block"], len(blocks)).replace("model-", "masks-"),
@@ -122,6 +126,11 @@ def complete(
     return records.hashes() | {trunk.name: hash_file(trunk)}
 
 
+def _kept_name(site: Site) -> str:
+    """Return what the units kept of a site are told under: their kind, or the linear of a rank."""
+    return f"{RANK} of {site.spans[0].linear}" if site.kind == RANK else site.kind
+
+
 def manifest(opened: Opened, plan: Plan, fixed: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the result is made of, for whoever prunes it again or adapts it."""
     shipment = plan.shipment
@@ -130,7 +139,7 @@ def manifest(opened: Opened, plan: Plan, fixed: Mapping[str, Any]) -> dict[str, 
     kept: list[dict[str, int]] = []
     for block in shipment.layout.blocks:
         sites = [site for group in plan.groups[block.source] for site in group.sites]
-        kept.append({site.kind: site.num_units - counts[site.name] for site in sites})
+        kept.append({_kept_name(site): site.num_units - counts[site.name] for site in sites})
     cache = sizes_of_result(plan).get("kv", {})
     dense = {"parameters": plan.num_params, "kv_values_per_token": cache.get("before")}
     result = {
@@ -175,6 +184,7 @@ def what_fixes(opened: Opened, tokens: Tensor | None, *, world_size: int = 1) ->
 
     plan = opened.plan
     wish = {key: value for key, value in plan.recipe.to_dict().items() if key not in FREE}
+    wish["calibration"] = {k: v for k, v in wish["calibration"].items() if k != "cache"}
     asked: dict[str, Any] = {"steps": [{"prune": plan.prune.model_dump(mode="json")}]}
     if plan.forward:
         asked |= {key: wish[key] for key in ("calibration", "seed")}

@@ -20,9 +20,11 @@ from llmprune.checkpoint.shrink import put_back
 from llmprune.checkpoint.shrink_experts import put_back_channels
 from llmprune.checkpoint.sink import shard_name
 from llmprune.checkpoint.skeleton import empty, fill
+from llmprune.engine.factors import product_logits
 from llmprune.engine.plan import Plan
 from llmprune.engine.shipping import axes_of_block, cut_of_block
 from llmprune.engine.sites import Group
+from llmprune.mask.pattern import LowRank
 from llmprune.walk.block import Block
 from llmprune.walk.forward import advance, embed, logits
 from llmprune.walk.rewriting import Rewriting
@@ -39,6 +41,8 @@ def masked_logits(plan: Plan, blocks: Rewriting, own: Path) -> Logits | None:
     Every stored block is put into a block of the source's shape. None where the result's shapes are
     the source's, or where experts went: no weight that is zero keeps a router from choosing one.
     """
+    if isinstance(plan.pattern, LowRank):
+        return product_logits(plan, blocks)
     kinds = {site.kind for site in plan.sites}
     computed = replace(
         blocks,
@@ -61,6 +65,11 @@ def masked_logits(plan: Plan, blocks: Rewriting, own: Path) -> Logits | None:
     return logits_of
 
 
+def in_place_of_removed(plan: Plan) -> str:
+    """Return what stands in the source's shapes for what a result has not."""
+    return "products of factors" if isinstance(plan.pattern, LowRank) else "zeros"
+
+
 def read_kept(own: Path, index: int, num_blocks: int) -> dict[str, Tensor]:
     """Return the units kept of a source block, by site."""
     from safetensors import safe_open
@@ -80,7 +89,8 @@ def _expanded(
     module, shapes = source.skeleton.blocks[index], source.skeleton.shapes(index)
     widths = plan.shipment.widths if plan.shipment else {}
     anatomy = source.anatomy(index)
-    added = blocks.result.skeleton.shapes(place).keys() - shapes.keys()
+    new = blocks.result.skeleton.shapes(place).keys() - shapes.keys()
+    added = {name for name in new if name.endswith("bias")}  # a norm of a half that is gone may be
     whole_shapes = shapes | {bias: (shapes[_weight(bias)][0],) for bias in added}
     cut = {} if plan.form == "masked" else kept
     before = dict(module.named_buffers())

@@ -21,8 +21,8 @@ from llmprune.engine.budgets import Budget
 from llmprune.engine.collected import read_collected
 from llmprune.engine.gradients import check_backward
 from llmprune.engine.plan import Plan, make_plan
+from llmprune.engine.rank_shipping import check_no_masks, shipping_of
 from llmprune.engine.shapes import Anatomies
-from llmprune.engine.shipping import ship, ship_masked
 from llmprune.engine.whole_shipping import ship_whole
 from llmprune.walk.rewriting import DTYPE_NAMES
 from llmprune.walk.streamed import Streamed, stream
@@ -166,8 +166,8 @@ def with_shipment(opened: Opened, plan: Plan) -> Plan:
         words = read_tokenizer(opened.source, plan.recipe) if plan.whole.is_vocabulary else None
         return replace(plan, shipment=ship_whole(plan, opened.source, opened.blocks, words))
     skeleton, config = opened.blocks.skeleton, opened.source.config()
-    store = ship_masked if plan.form == "masked" else ship
-    shipment = store(
+    check_no_masks(plan, opened.source)
+    shipment = shipping_of(plan)(
         *(plan, skeleton, config, [opened.blocks.anatomy(i) for i in range(len(plan.groups))]),
         dtype=opened.blocks.dtype or plan.dtype,
         trust_remote_code=plan.recipe.trust_remote_code,

@@ -10,11 +10,12 @@ from llmprune.allocation import ALLOCATIONS
 from llmprune.arch.couplings import DEPTHS, EXPERTS
 from llmprune.base.errors import RecipeError
 from llmprune.catalog import METHODS, Method
+from llmprune.engine.ranks import compose_ranks
 from llmprune.engine.whole import compose_whole
-from llmprune.mask.pattern import NofM, Pattern, Tiles, Units
+from llmprune.mask.pattern import LowRank, NofM, Pattern, Tiles, Units
 from llmprune.recipe.targets import LATENCY
 from llmprune.repair import REPAIRS
-from llmprune.score import SCORES, UNIT_SCORES, WHOLE_SCORES, score_row
+from llmprune.score import RANK_SCORES, SCORES, UNIT_SCORES, WHOLE_SCORES, score_row
 from llmprune.score.members import UnitScore
 from llmprune.solver import COMPENSATIONS, REFINEMENTS, SOLVERS
 from llmprune.stats import STATISTICS
@@ -94,6 +95,8 @@ def compose(step: PruneStep, pattern: Pattern) -> Method:
     method = METHODS[step.method]
     if method.score in WHOLE_SCORES or (isinstance(pattern, Units) and pattern.whole):
         return compose_whole(step, pattern, method)
+    if method.score in RANK_SCORES or isinstance(pattern, LowRank):
+        return compose_ranks(step, pattern, method)
     solver = "zero" if step.solver == NONE else step.solver or method.solver
     if isinstance(pattern, Units):
         return _compose_units(step, pattern, method, solver)
@@ -205,6 +208,8 @@ def needs_of(
     if method.score in WHOLE_SCORES:
         whole = WHOLE_SCORES[method.score]
         return Needs(whole=whole.needs, flows=whole.flows)
+    if method.score in RANK_SCORES:
+        return Needs(cut=RANK_SCORES[method.score].needs)
     if isinstance(pattern, Units):
         return _needs_of_units(method, allocation, pattern, searches=searches)
     score, solver = SCORES[method.score], SOLVERS[method.solver]

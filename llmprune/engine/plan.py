@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llmprune.allocation import ALLOCATIONS
 from llmprune.arch.couplings import EXPERT_CHANNELS, EXPERTS
 from llmprune.arch.limits import longest_sequence
 from llmprune.arch.types import Site
@@ -33,6 +34,7 @@ from llmprune.engine.parts import (
     sequences_at_most,
     stand_in,
 )
+from llmprune.engine.ranks import check_ranks, decide_rank_form, rank_groups
 from llmprune.engine.shapes import (
     Anatomies,
     Skipped,
@@ -54,9 +56,16 @@ from llmprune.engine.solving import Cutter
 from llmprune.engine.unit_amounts import check_equal, check_widths
 from llmprune.engine.whole import Whole, plan_whole
 from llmprune.mask.counts import exact_sparsity
-from llmprune.mask.pattern import GroupName, Pattern, Units, Unstructured, parse_pattern
+from llmprune.mask.pattern import (
+    GroupName,
+    LowRank,
+    Pattern,
+    Units,
+    Unstructured,
+    parse_pattern,
+)
 from llmprune.recipe.models import EvaluateStep
-from llmprune.score import SCORES, WHOLE_SCORES, score_row
+from llmprune.score import RANK_SCORES, SCORES, WHOLE_SCORES, score_row
 from llmprune.solver import SOLVERS
 from llmprune.solver.types import Settings
 from llmprune.stats import STATISTICS
@@ -178,7 +187,7 @@ class Plan:
         if self.counts is None:
             units = isinstance(self.pattern, Units)
             return self.asked if units else num_pruned(self.prune, sites) * sites[0].unit_cost
-        return sum(self.counts[site.name] * site.unit_cost for site in sites)
+        return sum(site.freed(self.counts[site.name]) for site in sites)
 
     @property
     def sparsity(self) -> float:
@@ -213,7 +222,7 @@ class Plan:
     @property
     def probe_needs(self) -> tuple[str, ...]:
         """Return the statistics of taps that candidates are masked by, where any are probed."""
-        if not self.parts.probes:
+        if not (self.parts.probes or "remeasure" in ALLOCATIONS[self.allocation].needs):
             return ()
         name = stand_in(self.method.score)
         needs = score_row(name).learnt
@@ -388,7 +397,7 @@ def make_plan(
         most=_at_once(recipe, num_samples, sequences_at_most(method, parts, step.options)),
         streams=1 + parts.dense + parts.inputs,
         passes=repair_passes(method, step.options) + 3 * bool(parts.regional),
-        workspace=SOLVERS[method.solver].workspace if method.solver in SOLVERS else (3, 3),
+        workspace=_workspace(method),
     )
     check_reads(step, allocation, cost)
     group = step.group or method.group
@@ -473,15 +482,21 @@ def _amounts_of_blocks(
             zip(anatomies.blocks, anatomies.prefixes, strict=True)
         )
     )
-    sites = all_sites(groups)
     check_globs(step.skip, anatomies)
+    if isinstance(pattern, LowRank) and all_sites(groups):
+        groups = tuple(
+            rank_groups(anatomy, here, tier=step.tier, block=index)
+            for index, (anatomy, here) in enumerate(zip(anatomies.blocks, groups, strict=True))
+        )
+        check_ranks(step, groups, anatomies.model_type)
+    sites = all_sites(groups)
     check_units(pattern, groups, anatomies)
     skipped, eligible = what_stays(anatomies, step, sites)
     if not sites:
         raise RecipeError(f"prune.skip: {list(step.skip)} leaves nothing to prune; skip less.")
     budget = settle(groups, eligible)
     counts = allocate(step, allocation, pattern, sites, eligible, budget=budget)
-    removed = sum(counts[site.name] * site.unit_cost for site in sites) if counts else 0
+    removed = sum(site.freed(counts[site.name]) for site in sites) if counts else 0
     survey = survey_cost(
         *(step, allocation, pattern, sites, parts, stored, counts is None), budget=budget
     )
@@ -538,6 +553,13 @@ def check_globs(skip: Sequence[str], anatomies: Anatomies) -> None:
             )
 
 
+def _workspace(method: Method) -> tuple[int, int]:
+    """Return what deciding a tap's linears holds beside them, in matrices as `Solver` counts."""
+    if method.score in RANK_SCORES:
+        return (4, 24)  # float64: the weight three times, and eigenvectors with their workspace
+    return SOLVERS[method.solver].workspace if method.solver in SOLVERS else (3, 3)
+
+
 def decide_form(step: PruneStep, pattern: Pattern) -> str:
     """Return how the result is stored: shrunk for whole units unless asked otherwise.
 
@@ -552,6 +574,8 @@ def decide_form(step: PruneStep, pattern: Pattern) -> str:
                 "--set prune.form=shrunk, or --pattern expert-channels."
             )
         return "shrunk" if step.form == "auto" else step.form
+    if isinstance(pattern, LowRank):
+        return decide_rank_form(step)
     if step.form == "shrunk":
         raise RecipeError(
             f"prune.form: pattern {step.pattern!r} removes single weights, which a dense matrix "

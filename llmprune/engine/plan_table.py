@@ -22,11 +22,13 @@ from llmprune.calibration.selection import (
     place_of,
 )
 from llmprune.engine.cost import LIBRARIES
+from llmprune.engine.ranks import DENSE, rank_notes, ranks_line
 from llmprune.engine.reckoning import sizes_of_result, target_notes, target_reached, target_text
 from llmprune.engine.target import ROUNDS, SPLITS
 from llmprune.engine.whole import TRUNK
-from llmprune.mask.pattern import Tiles, Units, Unstructured
+from llmprune.mask.pattern import LowRank, Tiles, Units, Unstructured
 from llmprune.recipe.texts import ON_POLICY
+from llmprune.score import RANK_SCORES
 
 if TYPE_CHECKING:
     from llmprune.engine.collected import Collected
@@ -62,6 +64,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         *((("target", target),) if (target := _target(plan)) else ()),
         ("removes", _removes(plan)),
         ("result", _result(plan)),
+        *((("ranks", ranks),) if (ranks := ranks_line(plan)) else ()),
         ("text", _text(plan)),
         *((("gradients", text),) if (text := _gradients(plan)) else ()),
         *((("probes", text),) if (text := _probes(plan)) else ()),
@@ -73,8 +76,13 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("resume", _resume(plan)),
         ("perplexity", _perplexity(plan)),
         ("loads", _loads(plan)),
-        *(("note", note) for note in (*plan.notes, *target_notes(plan), *_idle(plan))),
+        *(("note", note) for note in _all_notes(plan)),
     ]
+
+
+def _all_notes(plan: Plan) -> list[str]:
+    """Return what a reader of the plan may not expect."""
+    return [*plan.notes, *rank_notes(plan), *target_notes(plan), *_idle(plan)]
 
 
 def _model(plan: Plan) -> str:
@@ -141,7 +149,8 @@ def _idle(plan: Plan) -> list[str]:
         for key in ("damping", "damp")
         if getattr(step, key) != type(step).model_fields[key].default
     ]
-    if asked and plan.method.solver == "zero":
+    factored = isinstance(plan.pattern, LowRank)
+    if asked and plan.method.solver == "zero" and not factored:
         notes.append(f"{' and '.join(asked)} changes nothing: solver zero updates no weights")
     if step.adopt == "always" and not ALLOCATIONS[plan.allocation].judged:
         notes.append(f"adopt always changes nothing: allocation {plan.allocation} is not judged")
@@ -226,7 +235,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "target": dict(plan.prune.target) if plan.prune.target else None,
         "reached": target_reached(plan),
         "sizes": sizes_of_result(plan),
-        "notes": [*plan.notes, *target_notes(plan), *_idle(plan)],
+        "notes": _all_notes(plan),
         "calibration": name_of(calibration_texts(plan.recipe)) if plan.forward else None,
         "statistics": plan.given.hash if plan.given is not None else None,
         "evaluation": evaluation_data(plan.recipe) if plan.eval_windows else None,
@@ -267,6 +276,9 @@ def _solver(plan: Plan) -> str:
     """Return what happens to the weights that stay."""
     if plan.whole is not None:
         return plan.whole.score.says
+    if isinstance(plan.pattern, LowRank):
+        says = RANK_SCORES[plan.method.score].says
+        return f"linears keep {says}, damping {plan.prune.damping:g}"
     if plan.method.solver == "zero":
         alone = "changed by the repair alone" if plan.method.repair else "not changed"
         return f"weights that stay are {alone}"
@@ -299,7 +311,15 @@ def _result(plan: Plan) -> str:
     where = plan.out or "the model in memory"
     if plan.form == "masked":
         return f"{where}, masked: tensors of the same shape with exact zeros"
+    if plan.form == DENSE:
+        return f"{where}, dense: products of factors in tensors of the same shape (tier E0)"
     shipment = plan.shipment
+    if isinstance(plan.pattern, LowRank) and shipment is not None:
+        pairs = sum(1 for site in plan.sites if (plan.counts or {})[site.name])
+        return (
+            f"{where}, shrunk: {pairs} of {len(plan.sites)} linears as two each; "
+            f"{shipment.num_params:,} parameters, were {plan.num_params:,} (tier {shipment.tier})"
+        )
     if shipment is None:
         return f"{where}, shrunk: smaller tensors; how they are stored follows from the survey"
     changes = ", ".join(f"{key} = {value}" for key, value in plan.config_changes.items())

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llmprune.arch.couplings import ATTENTION, BLOCK, DEPTHS, FFN, HEADS, QUERY_HEADS
 from llmprune.arch.layout import BlockLayout, Layout, Tier
 from llmprune.arch.resize import NUM_BLOCKS, as_mistral, check_blocks_alike, resized
-from llmprune.arch.types import Coupling, Site
+from llmprune.arch.types import Coupling, Family, Site
 from llmprune.base.errors import CheckpointError, UnsupportedModel, WontLoad, first_line
 from llmprune.checkpoint.shrink import Axes, axes_of
 from llmprune.checkpoint.shrink_experts import without_units
@@ -123,8 +123,11 @@ def ship(
             "the plan leaves no block at all. Ask for a lower --sparsity, or for fewer blocks."
         )
     base = _explicit(config, source.config, len(plan.groups))
+    base, layout = _unfolded(plan, base, layout)
     tier, reasons = _choose_tier(plan, base, layout)
     sizes: dict[str, Any] = _sizes(plan, layout) if tier in ("E0", "E1") else _pinned(plan)
+    if tier == "E0":  # also what differed before, and does no longer
+        sizes |= {key: n for key, n in layout.widest.items() if base.get(key, n) != n}
     sizes |= bias_entries(plan, source, anatomies)
     changed = resized(base, layout, _as_named(sizes, base, source.config))
     code: tuple[Path, ...] = ()
@@ -146,12 +149,35 @@ def ship(
     check_blocks_alike(source.blocks, skeleton.blocks, layout, _roots(anatomies))
     _check_biases(plan, skeleton, layout)
     _check_shapes(plan, source, shipment, anatomies)
-    if tier in ("E0", "E1"):
+    if tier in ("E0", "E1") and changed["model_type"] == source.config.model_type:
         check_meaning(
             *(source.config, source.family, _kinds(plan, layout), changed["model_type"]),
             trust_remote_code=trust_remote_code,
         )
     return shipment
+
+
+def _unfolded(
+    plan: Plan, config: Mapping[str, Any], layout: Layout
+) -> tuple[dict[str, Any], Layout]:
+    """Return config and layout in terms of the stock class, also of blocks that differed before.
+
+    Raises:
+        WontLoad: they did, and are to be filled up to the widest.
+    """
+    if "auto_map" not in config:
+        return dict(config), layout
+    from llmprune.delivery.heterogeneous import cut_again, unfolded
+
+    found = unfolded(config)
+    if found is None:
+        return dict(config), layout
+    if plan.prune.tier == "E1":
+        raise WontLoad(
+            "prune.tier: E1 fills blocks up to the widest, and those of this source differed "
+            "before, maybe by more than goes now. Type --set prune.tier=E3, or leave tier out."
+        )
+    return found[0], cut_again(layout, found[1])
 
 
 def _kinds(plan: Plan, layout: Layout) -> list[str]:
@@ -367,23 +393,29 @@ def _built(
     and has, where there are no biases.
     """
     try:
-        return config, _build(source, config, code, dtype, trust_remote_code)
+        return config, build_result(
+            source, config, code, dtype, trust_remote_code, family=source.family
+        )
     except WontLoad:
         plain = not (config.get("attention_bias") or config.get("mlp_bias"))
         if config.get("model_type") != "llama" or not plain or code:
             raise
     twin = as_mistral(config)
-    return twin, _build(source, twin, code, dtype, trust_remote_code)
+    return twin, build_result(source, twin, code, dtype, trust_remote_code, family=source.family)
 
 
-def _build(
+def build_result(
     source: Skeleton,
     config: Mapping[str, Any],
     code: Sequence[Path],
     dtype: torch.dtype,
     trust_remote_code: bool,
+    *,
+    family: Family | None = None,
 ) -> Skeleton:
     """Build the modules of a result on meta from its config.json and code.
+
+    Where no `family` is given, it is found as that of any model is.
 
     Raises:
         WontLoad: the config is refused by the family's own checks.
@@ -401,7 +433,7 @@ def _build(
                     dtype=dtype,
                     attention=source.config._attn_implementation,
                     trust_remote_code=trust,
-                    family=source.family,
+                    family=family,
                 )
         except (CheckpointError, UnsupportedModel, ValueError, RuntimeError) as error:
             raise WontLoad(

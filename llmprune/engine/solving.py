@@ -16,6 +16,7 @@ from llmprune.arch.couplings import EXPERTS
 from llmprune.arch.experts import experts_of
 from llmprune.arch.types import Coupling, Site
 from llmprune.catalog import Method
+from llmprune.engine.factors import lower_ranks
 from llmprune.engine.sites import Group
 from llmprune.engine.spreads import Spreads
 from llmprune.engine.units import (
@@ -33,7 +34,16 @@ from llmprune.engine.units import (
 )
 from llmprune.mask.apply import masked
 from llmprune.mask.packed import PackedMask, pack, unpack
-from llmprune.mask.pattern import GroupName, NofM, Pattern, Tiles, Units, choose_keep, tiles_kept
+from llmprune.mask.pattern import (
+    GroupName,
+    LowRank,
+    NofM,
+    Pattern,
+    Tiles,
+    Units,
+    choose_keep,
+    tiles_kept,
+)
 from llmprune.mask.permutation import permute_columns
 from llmprune.mask.pieces import PIECE
 from llmprune.score import SCORES, score_row
@@ -145,7 +155,9 @@ class Cutter:
         `seen` holds the statistics of taps; `prior` is the keep_OI of earlier prunings by linear;
         `learnt` what is known of single linears (names relative to the block) beside those.
         """
-        if group.coupling is None:
+        if isinstance(self.pattern, LowRank):
+            lower_ranks(self, group, block, seen.get(group.tap, EMPTY), prior, outcome)
+        elif group.coupling is None:
             stats = seen.get(group.tap, EMPTY)
             self._cut_weights(group, block, stats, prior, outcome, learnt or {})
         else:
@@ -183,6 +195,8 @@ class Cutter:
     @property
     def updates(self) -> bool:
         """Tell whether weights that stay may change."""
+        if isinstance(self.pattern, LowRank):
+            return True
         solver = self.method.solver
         updates = solver in COMPENSATIONS if self.pattern_is_units else SOLVERS[solver].updates
         return updates or self.method.repair is not None
@@ -303,7 +317,7 @@ class Cutter:
 
         `judge` counts the scores of what is kept and of what goes.
         """
-        assert not isinstance(self.pattern, Units)
+        assert not isinstance(self.pattern, Units | LowRank)
         if SCORES[parts.score].adaptive:
             return self._adaptive(site, parts.score, prior_OI, judge)
         score_OI = self._scores(parts.score, weight_OI, stats, site.name)
@@ -324,7 +338,7 @@ class Cutter:
         Where an earlier pruning took more of some columns than their part, the others lose less.
         """
         pattern, total = self.pattern, self.counts[site.name]
-        assert site.shape is not None and not isinstance(pattern, Units)
+        assert site.shape is not None and not isinstance(pattern, Units | LowRank)
         height, width = site.shape
         removed, step = [0], self._columns()
 

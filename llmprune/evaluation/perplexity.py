@@ -6,8 +6,9 @@ Legend: N windows, B windows of a micro-batch, T tokens, t positions of a chunk,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmprune.base.errors import NumericalError
 from llmprune.calibration.windows import token_ids
@@ -146,23 +147,53 @@ def loss_of_blocks(
     Raises:
         NumericalError: the loss is not finite.
     """
+    total, count = 0.0, 0
+    for asked in answers(blocks, inputs_NT, targets_NT, micro_batch=micro_batch):
+        added, predicted = nats_of(asked.logits_BtV, asked.wanted_Bt)
+        total, count = total + added, count + predicted
+    return finite(total), count
+
+
+class Answer(NamedTuple):
+    """What a model says of some positions of a micro-batch, from `start` on, and what is asked."""
+
+    batch: int
+    start: int
+    logits_BtV: Tensor
+    wanted_Bt: Tensor
+
+
+def answers(
+    blocks: Blocks,
+    inputs_NT: Tensor,
+    targets_NT: Tensor | None = None,
+    *,
+    micro_batch: int = 1,
+    keep: Callable[[int, Tensor], None] | None = None,
+) -> Iterator[Answer]:
+    """Yield the logits of all windows in chunks of positions, from one walk through the blocks.
+
+    `keep` is given the number of every micro-batch and its hidden states after all blocks.
+    """
     text = blocks.model.config.get_text_config()
     per_window = inputs_NT.shape[1] * text.hidden_size * 4
     at_once = max(micro_batch, HIDDEN_BYTES // per_window // micro_batch * micro_batch)
     targets_NT = next_tokens(inputs_NT) if targets_NT is None else targets_NT
-    total, count = 0.0, 0
+    passed = 0
     for group_NT, wanted_NT in zip(
         inputs_NT.split(at_once), targets_NT.split(at_once), strict=True
     ):
         stream = embed(blocks, group_NT, micro_batch)
         walk(blocks, stream)
+        if keep is not None:
+            for batch in range(len(stream)):
+                keep(passed + batch, stream.hidden.get(batch, blocks.device))
         batches = wanted_NT.split(micro_batch)
         for batch, start, logits_BtV in logits(blocks, stream):
             wanted_Bt = batches[batch][:, start : start + logits_BtV.shape[1]]
-            added, predicted = _loss(logits_BtV, wanted_Bt)
-            total, count = total + added, count + predicted
+            yield Answer(passed + batch, start, logits_BtV, wanted_Bt)
+        passed += len(stream)
         stream.hidden.close()
-    return _finite(total), count
 
 
 def loss_of_model(
@@ -184,13 +215,13 @@ def loss_of_model(
             inputs_NT.split(micro_batch), targets_NT.split(micro_batch), strict=True
         ):
             output = model(input_ids=ids_BT.to(model.device), use_cache=False)
-            added, predicted = _loss(output.logits, wanted_BT)
+            added, predicted = nats_of(output.logits, wanted_BT)
             total, count = total + added, count + predicted
     model.train(training)
-    return _finite(total), count
+    return finite(total), count
 
 
-def _loss(logits_BtV: Tensor, targets_Bt: Tensor) -> tuple[float, int]:
+def nats_of(logits_BtV: Tensor, targets_Bt: Tensor) -> tuple[float, int]:
     """Return the summed negative log-likelihood of the targets that are asked for, and how many."""
     import torch
 
@@ -203,7 +234,12 @@ def _loss(logits_BtV: Tensor, targets_Bt: Tensor) -> tuple[float, int]:
     return float(loss), int((targets_Bt != IGNORED).sum())
 
 
-def _finite(total: float) -> float:
+def finite(total: float) -> float:
+    """Return a summed loss.
+
+    Raises:
+        NumericalError: it is NaN or infinite.
+    """
     if not math.isfinite(total):
         raise NumericalError(
             "the loss is NaN or infinite: the model does not compute. In float16 use --dtype "

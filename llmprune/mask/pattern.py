@@ -100,7 +100,18 @@ class Units:
         return self.kinds[0] in WHOLE
 
 
-Pattern = Unstructured | NofM | Tiles | Units
+@dataclass(frozen=True)
+class LowRank:
+    """Single linears become two with few values between them: no mask, and no weight is zero."""
+
+    @property
+    def sparsity(self) -> None:
+        """The sparsity that the pattern fixes: none."""
+        return None
+
+
+Pattern = Unstructured | NofM | Tiles | Units | LowRank
+LOW_RANK = "low-rank"
 
 WHOLE = ("hidden", "vocabulary")
 _PLURAL: dict[str, tuple[str, ...]] = {"sublayers": (ATTENTION, FFN), "blocks": (BLOCK,)}
@@ -112,8 +123,8 @@ _UNITS: dict[str, tuple[str, ...]] = (
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Return the pattern that a text names: "unstructured", "N:M", "HxW", or kinds of unit joined
-    by a plus, such as "ffn-channels+heads".
+    """Return the pattern that a text names: "unstructured", "N:M", "HxW", "low-rank", or kinds of
+    unit joined by a plus, such as "ffn-channels+heads".
 
     Raises:
         UnknownName: no pattern has this name.
@@ -135,7 +146,8 @@ def parse_pattern(text: str) -> Pattern:
         return tile
     ratio = re.fullmatch(r"([0-9]+):([0-9]+)", text)
     if ratio is None:
-        return Unstructured() if text == "unstructured" else _units(text)
+        alone: dict[str, Pattern] = {"unstructured": Unstructured(), LOW_RANK: LowRank()}
+        return alone.get(text) or _units(text)
     n, m = int(ratio[1]), int(ratio[2])
     if not 0 < n < m:
         meant = f"{m}:{n}" if 0 < m < n else f"{m // 2}:{m}" if m > 1 else "2:4"
@@ -151,7 +163,7 @@ def _units(text: str) -> Units:
     names = text.split("+")
     for name in names:
         if name not in _UNITS:
-            known = ["unstructured", *_UNITS, "2:4", "4:8", "N:M", "16x16", "HxW"]
+            known = ["unstructured", *_UNITS, LOW_RANK, "2:4", "4:8", "N:M", "16x16", "HxW"]
             raise unknown("pattern", name, known)
     kinds = tuple(dict.fromkeys(kind for name in names for kind in _UNITS[name]))
     for one, other in ((HEADS, QUERY_HEADS), (EXPERTS, EXPERT_CHANNELS), *_with_whole(kinds)):

@@ -56,7 +56,12 @@ def usual_parts(pattern: str, target: Any = None) -> dict[str, Any]:
 
 def _method_of_units(effort: str, kinds: list[str]) -> str:
     """Return the method for kinds of unit."""
-    own = {"experts": "reap", "hidden": "slicegpt", "vocabulary": "vocabulary"}
+    own = {
+        "experts": "reap",
+        "hidden": "slicegpt",
+        "vocabulary": "vocabulary",
+        "low-rank": "svd-llm",
+    }
     if kinds[0] in own:
         return own[kinds[0]]
     deep = {"attention", "ffn", "blocks", "sublayers"}

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from llmprune.base.errors import UnknownName
 from llmprune.base.registry import near_match
 from llmprune.catalog import METHODS
-from llmprune.catalog.types import UNITS
+from llmprune.catalog.types import LOW_RANK, UNITS
 from llmprune.recipe.effort import beside, usual_parts
 from llmprune.recipe.targets import TARGETS, amount_of
 from llmprune.recipe.texts import Part
@@ -92,14 +92,14 @@ class PruneStep(Part):
                     f"'{pattern}' is no tile. HxW removes whole tiles of H outputs by W inputs, "
                     "as in '16x16'; for single weights type 'unstructured'."
                 )
-        elif pattern != "unstructured" and not set(pattern.split("+")) <= set(UNITS):
+        elif pattern not in ("unstructured", LOW_RANK) and not set(pattern.split("+")) <= {*UNITS}:
             wrong = next(name for name in pattern.split("+") if name not in UNITS)
-            hint = near_match(wrong, ("unstructured", *UNITS))
+            hint = near_match(wrong, ("unstructured", LOW_RANK, *UNITS))
             raise UnknownName(
                 f"'{pattern}' is no pattern.{hint} There are: unstructured, N:M such as 2:4, which "
                 "keeps N of every M weights, HxW such as 16x16, which removes whole tiles of H "
-                f"outputs by W inputs, and units: {', '.join(UNITS)}, or several with a plus, such "
-                "as ffn-channels+heads."
+                f"outputs by W inputs, low-rank, and units: {', '.join(UNITS)}, or several with a "
+                "plus, such as ffn-channels+heads."
             )
         return pattern
 

@@ -89,6 +89,7 @@ class Calibration(Texts):
 
     With ``data`` on-policy the model writes it: `prompts` is a file, preset or data set to begin
     from, `temperature` and `top_p` say how tokens are drawn, at most `max_new_tokens` after each.
+    With `cache` false it writes again what it has written before.
     """
 
     num_samples: int = Field(default=128, ge=1)
@@ -100,10 +101,11 @@ class Calibration(Texts):
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)
     max_new_tokens: int | None = Field(default=None, ge=1)
+    cache: bool | None = None
 
     @model_validator(mode="after")
     def _a_manner_of_writing_needs_a_writer(self) -> Self:
-        given = [name for name in WRITING if getattr(self, name) is not None]
+        given = [name for name in (*WRITING, "cache") if getattr(self, name) is not None]
         if given and self.data != ON_POLICY:
             raise ValueError(
                 f"'{given[0]}' is of text that the model writes itself, and '{self.data}' is text "

@@ -13,12 +13,14 @@
 # limitations under the License.
 #
 # This file was copied beside the weights; it needs nothing but transformers and torch.
-"""Any causal language model of transformers, with blocks that differ in width or lack a half.
+"""Any causal language model of transformers, with blocks that differ in width, lack a half, or
+have two linears in place of one.
 
 `per_layer_config` in config.json says, by block, which entries differ (`{"intermediate_size": 64}`)
-and which halves are gone (`{"skip": ["attention", "mlp"]}`). The classes of a family are made when
+and which halves are gone (`{"skip": ["attention", "mlp"]}`), and `ranks`, a list with an entry per
+block, the values between two linears (`{"mlp.up_proj": 96}`). The classes of a family are made when
 they are asked for: `LlmpruneLlamaConfig` and `LlmpruneLlamaForCausalLM` from those of Llama.
-Legend: B batch, T tokens, D width.
+Legend: B batch, T tokens, D width, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
+from transformers.pytorch_utils import Conv1D
 
 PREFIX = "Llmprune"
 HALVES: Mapping[str, tuple[tuple[str, ...], ...]] = {  # the modules of a half, family by family
@@ -115,6 +118,8 @@ class DifferingModel:
                 config._heterogeneity_spec = differing
         if differing is not None:
             rebuild(self, config)
+        if getattr(config, "ranks", None):
+            factor(self, config.ranks)
 
     def _get_static_cache_init_shape(self) -> None:
         """Let every block's static cache take the shape of the first keys it is given."""
@@ -130,6 +135,35 @@ def rebuild(model: Any, config: Any) -> None:
         for half in seen.skip:
             take_out(block, half)
         blocks[index] = block
+    model.post_init()
+
+
+class LowRank(nn.Module):
+    """Two linears in place of one, with `rank` values between them; a bias is added once."""
+
+    def __init__(self, whole: Any, rank: int) -> None:
+        super().__init__()
+        sides = whole.weight.shape if isinstance(whole, nn.Linear) else whole.weight.shape[::-1]
+        self.out_features, self.in_features = int(sides[0]), int(sides[1])
+        self.right = nn.Linear(self.in_features, rank, bias=False)
+        self.left = nn.Linear(rank, self.out_features, bias=False)
+        self.bias: Tensor | None = whole.bias
+
+    def forward(self, hidden_BTI: Tensor) -> Tensor:
+        out_BTO: Tensor = self.left(self.right(hidden_BTI))
+        return out_BTO if self.bias is None else out_BTO + self.bias
+
+
+def factor(model: Any, ranks: Any) -> None:
+    """Put two linears in place of those that `ranks` names, block by block."""
+    for block, own in zip(blocks_of(model), ranks, strict=True):
+        for name, rank in own.items():
+            whole = block.get_submodule(name)
+            if not isinstance(whole, (nn.Linear, Conv1D)):
+                raise ValueError(
+                    f"{name} is a {type(whole).__name__}, which no two linears replace"
+                )
+            block.set_submodule(name, LowRank(whole, rank))
     model.post_init()
 
 

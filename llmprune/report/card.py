@@ -55,7 +55,7 @@ def card_text(
 
     `data` is report.json, `later` evaluations.json, and `runs` the run.json of the result after
     those of the results that it came from, all without paths of this machine; the folder gives what
-    the base model's own card says. `beside` names further files that go there: a picture and a page
+    the base model's own card says. `beside` names further files that go there: a picture and pages
     are shown and linked.
     """
     origin = origin_of(runs[-1], base_model=base_model)
@@ -164,7 +164,7 @@ def _loading(data: Mapping[str, Any], folder: Path, repo: str) -> str:
 
 
 def _pictures(data: Mapping[str, Any], beside: Collection[str]) -> str:
-    """Return the picture of the run, and where the page with the others is."""
+    """Return the picture of the run, and where the pages with the others are."""
     text = []
     if f"{OWN}/report.png" in beside:
         what = "Sparsity and output error by block" if is_pruned(data) else "Losses of the training"
@@ -173,6 +173,11 @@ def _pictures(data: Mapping[str, Any], beside: Collection[str]) -> str:
         text.append(
             f"[report.html]({OWN}/report.html) has more of them: download it and open it in a "
             "browser."
+        )
+    if f"{OWN}/analysis/analysis.html" in beside:
+        text.append(
+            f"[analysis.html]({OWN}/analysis/analysis.html) says what became of the weights, the "
+            "hidden states and the predictions; its tables lie beside it as CSV."
         )
     return "\n\n".join(text)
 

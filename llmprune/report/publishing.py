@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,18 @@ OWN, CARD = "llmprune", "README.md"
 PICTURE, PAGE = f"{OWN}/report.png", f"{OWN}/report.html"  # made anew, without paths
 RECORDS = ("report.json", "run.json", "evaluations.json")  # events.jsonl is of this machine alone
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
-Page = Callable[[Mapping[str, Any], Mapping[str, Any]], str]
+ANALYSIS, ANALYSIS_BYTES = f"{OWN}/analysis", 10_000_000  # of an analysis, at most
+Page = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any] | None], str]
+Analysed = Callable[[Path, Callable[[Any], Any]], Mapping[str, bytes]]
 SIDE = (".json", ".jinja", ".md", ".model", ".py", ".spm", ".bpe", ".tiktoken", ".txt")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """What a push brings, by name in the repository: files as they lie, and texts made for it."""
+    """What a push brings, by name in the repository: files as they lie, and texts made for it.
+
+    `left` names what of an analysis is too large to go.
+    """
 
     folder: Path
     repo: str
@@ -42,6 +47,8 @@ class Package:
     texts: Mapping[str, bytes]
     terms: Terms | None = None
     page: Page | None = None
+    analysis: Analysed | None = None
+    left: tuple[str, ...] = ()
 
     @property
     def card(self) -> str:
@@ -60,11 +67,13 @@ def pack(
     *,
     base_model: str | None = None,
     page: Page | None = None,
+    analysis: Analysed | None = None,
 ) -> Package:
     """Decide what of a result goes to a repository, and write its card; nothing is sent.
 
     Paths of this machine are cut down to their last names in everything that goes. `page` makes
-    the page for a browser from report.json and evaluations.json.
+    the page for a browser from report.json, evaluations.json and analysis.json, and `analysis` what
+    goes of an analysis from its folder and what cuts the paths out of plain data.
 
     Raises:
         RecipeError: the name of the repository or of the base model is none.
@@ -94,11 +103,16 @@ def pack(
     }
     texts = {f"{OWN}/{name}": _json(record) for name, record in records.items()}
     texts |= _cleaned(files, places)
+    analysed = analysis(home / ANALYSIS, partial(without_places, places=places)) if analysis else {}
+    analysed = {f"{ANALYSIS}/{name}": content for name, content in analysed.items()}
+    texts |= (fitting := _within(analysed, ANALYSIS_BYTES))
     _check_no_token(files, texts)
     report = with_moved_masks(records["report.json"], home)
     later = records.get("evaluations.json", {})
     texts[PICTURE] = _picture(json.dumps(report))
-    texts |= {PAGE: page(report, later).encode()} if page is not None else {}
+    told = texts.get(f"{ANALYSIS}/analysis.json")
+    if page is not None:
+        texts[PAGE] = page(report, later, json.loads(told) if told else None).encode()
     terms = terms_of(kept_facts(home, origin_of(run, base_model=base_model)))
     if terms is not None and not any(name.upper().startswith("NOTICE") for name in files):
         texts["NOTICE"] = f"{terms.notice}\n".encode()
@@ -113,12 +127,33 @@ def pack(
         texts=texts,
         terms=terms,
         page=page,
+        analysis=analysis,
+        left=tuple(sorted(analysed.keys() - fitting.keys())),
     )
 
 
 def renamed(package: Package, repo: str) -> Package:
     """Return the package for another repository, whose name its card has."""
-    return pack(package.folder, repo, base_model=package.base_model, page=package.page)
+    return pack(
+        package.folder,
+        repo,
+        base_model=package.base_model,
+        page=package.page,
+        analysis=package.analysis,
+    )
+
+
+def _within(texts: Mapping[str, bytes], limit: int) -> dict[str, bytes]:
+    """Return the first of some files that weigh no more than a limit together.
+
+    >>> _within({"a": b"12", "b": b"345", "c": b"6"}, 4)
+    {'a': b'12', 'c': b'6'}
+    """
+    found: dict[str, bytes] = {}
+    for name, content in texts.items():
+        if sum(map(len, found.values())) + len(content) <= limit:
+            found[name] = content
+    return found
 
 
 def _check_unchanged(home: Path, hashes: Mapping[str, str]) -> None:

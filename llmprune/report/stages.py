@@ -42,6 +42,22 @@ def accepted_line(data: Mapping[str, Any]) -> str:
     return text
 
 
+def ranks_line(data: Mapping[str, Any]) -> str:
+    """Return what linears of low rank lose of their outputs, and what that saves."""
+    rows = [row for row in _rows(data) if "lost_energy" in row]
+    if not rows:
+        return ""
+    worst = max(rows, key=lambda row: float(row["lost_energy"]))
+    mean = sum(float(row["lost_energy"]) for row in rows) / len(rows)
+    how = "two linears in place of one"
+    if data["form"] != "shrunk":
+        how = "products in tensors of the same shape, which saves nothing"
+    return (
+        f"{len(rows)} linears, {how}; {100 * mean:.3g} % of an output's energy lost on average, "
+        f"{100 * float(worst['lost_energy']):.3g} % at most ({worst['site']})"
+    )
+
+
 def repair_line(data: Mapping[str, Any]) -> str:
     """Return what a repair says of the blocks: the mean of each of its numbers."""
     found: dict[str, list[float]] = {}

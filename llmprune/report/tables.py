@@ -13,11 +13,13 @@ from llmprune.report.recoveries import cut_method, is_pruned, last_wish, recover
 from llmprune.report.stages import (
     accepted_line,
     fallback_line,
+    ranks_line,
     repair_line,
     stages_line,
     target_line,
     verdict_line,
 )
+from llmprune.report.unmeasured import unmeasured_text
 
 
 def report_text(data: Mapping[str, Any]) -> str:
@@ -40,11 +42,12 @@ def report_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         "allocation": verdict_line(data),
         "stages": stages_line(data),
         "updates": accepted_line(data),
+        "ranks": ranks_line(data),
         "repair": repair_line(data),
         "fallbacks": fallback_line(data),
         "error": _of_the_cut(_error(data), data),
         **recovery_lines(data),
-        "perplexity": _perplexity(data) or _per_byte(data),
+        "perplexity": _perplexity(data) or _per_byte(data) or unmeasured_text(data),
         "experts": _experts(data),
         "proof": _proof(data.get("gate")),
         "resumed": _resumed(data.get("resumed_after")),

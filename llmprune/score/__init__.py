@@ -18,6 +18,7 @@ from llmprune.score.learned import gate
 from llmprune.score.magnitude import absolute
 from llmprune.score.members import UnitScore
 from llmprune.score.noise import uniform_noise
+from llmprune.score.ranks import RankScore
 from llmprune.score.routing import ean, frequency, reap, weighted_ean
 from llmprune.score.similarity import angle, influence
 from llmprune.score.types import Score
@@ -297,11 +298,29 @@ WHOLE_SCORES: Registry[WholeScore] = Registry(
     },
 )
 
+RANK_SCORES: Registry[RankScore] = Registry(
+    "score",
+    {
+        "output-energy": RankScore(
+            needs=("gram",),
+            says="the directions that carry most of its output's energy",
+            paper="Wang et al., 2024: SVD-LLM: Truncation-aware Singular Value Decomposition for "
+            "Large Language Model Compression",
+        ),
+        "weight-energy": RankScore(
+            needs=(),
+            says="the directions of its largest singular values",
+            paper="Hsu et al., 2022: Language Model Compression with Weighted Low-Rank "
+            "Factorization",
+        ),
+    },
+)
 
-def score_row(name: str) -> Score | UnitScore:
-    """Return the row of a score, of units or of weights.
+
+def score_row(name: str) -> Score | UnitScore | RankScore:
+    """Return the row of a score, of units, of directions or of weights.
 
     Raises:
-        UnknownName: neither table has it.
+        UnknownName: no table has it.
     """
-    return UNIT_SCORES.get(name) or SCORES[name]
+    return UNIT_SCORES.get(name) or RANK_SCORES.get(name) or SCORES[name]

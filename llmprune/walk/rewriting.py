@@ -328,6 +328,7 @@ def _stored_names(source: Streamed, skeleton: Skeleton, index: int, place: int) 
 
 def _stored_dtype(source: Streamed, param: str) -> str:
     """Return the dtype that a parameter is stored in; of one that is new, that of its module."""
-    names = source.naming.disk_names_of([param])
-    names = names or set(source.naming.disk_names(param.rpartition(".")[0] + "."))
+    names, owner = source.naming.disk_names_of([param]), param
+    while not names and (owner := owner.rpartition(".")[0]):
+        names = set(source.naming.disk_names(owner + "."))
     return source.source.entries[min(names)].dtype if names else "F32"

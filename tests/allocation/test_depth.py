@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -388,3 +389,63 @@ def test_what_cannot_go_is_refused_before_anything_is_walked() -> None:
 def test_scores_are_handed_on() -> None:
     scores: Tensor = torch.tensor([0.3])
     assert as_scored(scores) is scores
+
+
+SEARCHED: dict[str, Any] = {"generations": 6, "offspring": 12}
+NO_OPTIONS: dict[str, Any] = {}
+
+
+@given(
+    sizes=st.lists(st.sampled_from([4, 8, 12]), min_size=2, max_size=7),
+    target=st.fractions(Fraction(1, 10), Fraction(7, 10)),
+    seed=st.integers(0, 99),
+)
+def test_a_search_over_halves_is_never_worse_than_greedy_where_costs_add_up(
+    sizes: list[int], target: Fraction, seed: int
+) -> None:
+    assume(target * sum(sizes) <= sum(sizes) - max(sizes))  # one stays in any case
+    generator = torch.Generator().manual_seed(seed)
+    costs = {f"s{i}": float(torch.rand((), generator=generator)) for i in range(len(sizes))}
+    total = summed(costs)
+    found, greedy = (
+        ask(name, halves(*sizes), str(target), Toy(kl=total), **options)
+        for name, options in (("evopress-halves", SEARCHED), ("finercut", NO_OPTIONS))
+    )
+    gone = sum(size for index, size in enumerate(sizes) if f"s{index}" in found)
+    assert gone >= target * sum(sizes)
+    assert total(frozenset(found)) <= total(frozenset(greedy)) + 1e-12
+
+
+def test_a_search_over_halves_finds_what_goes_well_together() -> None:
+    """Alone s0 and s1 cost least; s2 and s3 cost nothing where both are gone, which greedy misses.
+
+    Greedy takes s0, and then s1: 0.2. The pair costs 0.
+    """
+    alone = {"s0": 0.1, "s1": 0.1, "s2": 0.5, "s3": 0.5}
+
+    def kl(gone: frozenset[str]) -> float:
+        return 0.0 if gone == {"s2", "s3"} else math.fsum(alone[name] for name in gone)
+
+    assert ask("finercut", halves(4, 4, 4, 4), "1/2", Toy(kl=kl)) == ["s0", "s1"]
+    toy = Toy(kl=kl)
+    assert ask("evopress-halves", halves(4, 4, 4, 4), "1/2", toy, **SEARCHED) == ["s2", "s3"]
+    tried = [gone for round_ in toy.rounds[1:] for gone in round_]
+    assert len(tried) == len({*tried}), "no set is measured twice"
+
+
+def test_a_search_over_halves_is_the_same_again() -> None:
+    costs = {f"s{index}": (index * 7 % 5) / 5 for index in range(6)}
+    toys = [Toy(kl=summed(costs)), Toy(kl=summed(costs))]
+    first, again = (
+        ask("evopress-halves", halves(4, 8, 4, 12, 8, 4), "2/5", toy, **SEARCHED) for toy in toys
+    )
+    assert first == again and toys[0].rounds == toys[1].rounds
+
+
+def test_a_search_over_blocks_and_their_halves_counts_none_twice() -> None:
+    sites = [site for index in range(3) for site in block(index)]
+    costs = {site.name: 0.1 * site.unit_cost + 0.01 * site.block for site in sites}
+    found = ask("evopress-halves", sites, "1/4", Toy(kl=summed(costs)), **SEARCHED)
+    for index in range(3):
+        here = {name for name in found if name.startswith(f"{index}.")}
+        assert f"{index}.block" not in here or len(here) == 1

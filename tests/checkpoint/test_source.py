@@ -287,6 +287,6 @@ def test_opening_reads_headers_only(
 
 
 def test_a_disk_without_room_is_too_large(tmp_path: Path) -> None:
-    with pytest.raises(TooLarge, match=r"result needs 1000000000\.00 GB"):
+    with pytest.raises(TooLarge, match="result needs 1000 PB"):
         check_free_space(tmp_path / "not" / "there", 10**18, "the result")
     check_free_space(tmp_path, 1, "the result")

@@ -37,7 +37,7 @@ Prune = Callable[..., Report]
 Stock = Callable[[Path], Any]
 HALF = Fraction(1, 2)
 
-pytestmark = pytest.mark.usefixtures("quick_gate")
+pytestmark = pytest.mark.usefixtures("no_gate")
 
 
 @pytest.fixture

@@ -151,6 +151,7 @@ NEIGHBOURS = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("no_gate")
 @pytest.mark.parametrize("method", NEIGHBOURS)
 @pytest.mark.parametrize("pattern", ["unstructured", "4x8"])
 def test_methods_remove_as_much_as_their_neighbours_but_not_the_same(
@@ -166,6 +167,7 @@ def test_methods_remove_as_much_as_their_neighbours_but_not_the_same(
     assert same == (method == "wanda-alpha" and pattern == "4x8")
 
 
+@pytest.mark.usefixtures("no_gate")
 @pytest.mark.parametrize("method", ["random", "wanda-alpha", "ria", "magnitude"])
 @pytest.mark.parametrize("pattern", ["unstructured", "4x8"])
 def test_more_sparsity_removes_more_of_the_same(
@@ -181,6 +183,7 @@ def test_more_sparsity_removes_more_of_the_same(
     assert first and not any(bool((many[name] & ~few[name]).any()) for name in first)
 
 
+@pytest.mark.usefixtures("no_gate")
 def test_random_masks_follow_from_the_seed_alone(
     pico: Pico, prune: Prune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +243,7 @@ def test_masked_and_shrunk_channels_compute_the_same(
     assert (two - logits_of(source, tokens)).abs().max() > 1e-3 * two.abs().max()
 
 
+@pytest.mark.usefixtures("no_gate")
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "8x4", "ffn-channels"])
 def test_streamed_and_resident_give_identical_bits(
     pico: Pico, prune: Prune, stock: Callable[[Path], Any], tokens: Tensor, model_type: str,
@@ -278,6 +282,7 @@ def test_a_model_in_memory_keeps_its_switches(
     assert all(value.requires_grad for value in model.parameters())
 
 
+@pytest.mark.usefixtures("no_gate")
 def test_dense_and_pruned_propagation_part_after_block_0(
     pico: Pico, prune: Prune, model_type: str
 ) -> None:
@@ -292,6 +297,7 @@ def test_dense_and_pruned_propagation_part_after_block_0(
     assert not all(later.values())
 
 
+@pytest.mark.usefixtures("no_gate")
 def test_micro_batches_do_not_change_the_masks(
     pico: Pico, prune: Prune, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ Prune = Callable[..., Report]
 Open = Callable[..., Streamed]
 Weights = Callable[[Path], dict[str, Tensor]]
 
-pytestmark = pytest.mark.usefixtures("quick_gate")
+pytestmark = pytest.mark.usefixtures("no_gate")
 
 RUNS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt"},

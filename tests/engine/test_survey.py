@@ -35,7 +35,7 @@ Pico = Callable[..., Path]
 Prune = Callable[..., Report]
 Open = Callable[..., Streamed]
 
-pytestmark = pytest.mark.usefixtures("quick_gate")
+pytestmark = pytest.mark.usefixtures("no_gate")
 
 
 @pytest.fixture

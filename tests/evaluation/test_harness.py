@@ -35,7 +35,7 @@ def test_a_result_stands_beside_the_model_it_came_from(both: Evaluation, result:
         )
     assert all(score.stderr and score.higher_is_better for score in both.scores["dense"])
     assert both.tasks["demo_cloze"] == TaskFacts(
-        version="1.0", num_fewshot=0, num_items=24, num_items_in_all=200
+        version="2.0", num_fewshot=0, num_items=24, num_items_in_all=200
     )
     assert both.notes == ()
     head, first, *_ = str(both).splitlines()
@@ -100,7 +100,7 @@ def test_equal_models_see_equal_examples(result: Path) -> None:
     assert [score.value for score in found.scores["dense"]] == [
         score.value for score in found.scores["pruned"]
     ]
-    assert "demo_cloze: version 1.0, 2 of 200 items, 14-shot" in str(found)
+    assert "demo_cloze: version 2.0, 2 of 200 items, 14-shot" in str(found)
     (note,) = found.notes
     assert "longer than the model takes" in note
 

@@ -12,7 +12,7 @@ from llmprune.catalog import METHODS
 from llmprune.catalog.types import PATTERNS, WEIGHTS
 from llmprune.recipe.pruning import PruneStep
 from llmprune.repair import REPAIRS
-from llmprune.score import SCORES, UNIT_SCORES, WHOLE_SCORES
+from llmprune.score import RANK_SCORES, SCORES, UNIT_SCORES, WHOLE_SCORES
 from llmprune.solver import COMPENSATIONS, REFINEMENTS, SOLVERS
 
 
@@ -35,7 +35,9 @@ def test_each_row_can_be_asked_for_and_cites_its_paper(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_each_row_names_parts_that_there_are(name: str) -> None:
     method = METHODS[name]
-    assert (method.score in SCORES) + (method.score in UNIT_SCORES | WHOLE_SCORES) == 1
+    assert (method.score in SCORES) + (
+        method.score in UNIT_SCORES | WHOLE_SCORES | RANK_SCORES
+    ) == 1
     whole_units = not set(method.patterns) & set(WEIGHTS)
     assert method.solver in ({*SOLVERS, *COMPENSATIONS} if whole_units else SOLVERS)
     assert {*method.pattern.split("+")} <= {*method.patterns, "sublayers"}

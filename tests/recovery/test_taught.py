@@ -15,6 +15,7 @@ from llmprune.base.errors import CheckpointError, UnknownName
 from llmprune.recipe import recovery_recipe
 from llmprune.recovery import taught
 from llmprune.recovery.planning import RecoverPlan, open_recovery
+from tests.conftest import gate_here
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -27,8 +28,9 @@ def dense(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def pruned(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pruned") / "out"
-    settings = ["evaluate.perplexity=false"]
-    api.prune(str(dense), sparsity=0.5, method="magnitude", out=out, quiet=True, settings=settings)
+    wish: dict[str, Any] = {"sparsity": 0.5, "method": "magnitude", "quiet": True}
+    with gate_here():
+        api.prune(str(dense), out=out, settings=["evaluate.perplexity=false"], **wish)
     return out
 
 

@@ -16,8 +16,9 @@ from llmprune.base.errors import LlmpruneError
 from llmprune.delivery.masks import MaskFiles
 from llmprune.recovery.saved import Saved
 from llmprune.report.run import Report
+from tests.conftest import gate_here
 
-pytestmark = pytest.mark.usefixtures("quick_gate")
+pytestmark = pytest.mark.usefixtures("no_gate")
 STILL = ["evaluate.perplexity=false"]
 
 
@@ -174,10 +175,11 @@ def test_a_killed_run_goes_on_with_its_masks(
 @pytest.fixture(scope="module")
 def pruned(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("taught") / "in"
-    api.prune(
-        pico("llama"), sparsity=0.5, method="magnitude", out=out, device="cpu", quiet=True,
-        settings=STILL,
-    )  # fmt: skip
+    with gate_here():
+        api.prune(
+            pico("llama"), sparsity=0.5, method="magnitude", out=out, device="cpu", quiet=True,
+            settings=STILL,
+        )  # fmt: skip
     return out
 
 

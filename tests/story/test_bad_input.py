@@ -453,7 +453,7 @@ def test_a_disk_that_is_too_small_is_known_before_anything_is_written(
 ) -> None:
     full = SimpleNamespace(total=1, used=0, free=1000)
     monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: full)
-    refused(source, says=("0.00 GB are free", "--out"))
+    refused(source, says=("1 kB are free", "--out"))
 
 
 class Resumable:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from llmprune.api import plan
 from llmprune.base.progress import Progress
@@ -14,8 +16,29 @@ from llmprune.recipe import PruneStep, Recipe
 from llmprune.recovery.methods import RECOVERIES
 from llmprune.runs import plans_of, run_recipe
 from tests.story.conftest import Command
+from tests.story.upload_hub import TOKEN, UploadHub, serving
 
 pytestmark = pytest.mark.usefixtures("clock")
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[UploadHub]:
+    with serving({}) as server:
+        yield server
+
+
+@pytest.fixture
+def hub(served: UploadHub, monkeypatch: pytest.MonkeyPatch) -> UploadHub:
+    """An empty Hub in this process, for the recipes that push."""
+    served.repositories.clear()
+    monkeypatch.setattr(constants, "ENDPOINT", served.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return served
+
+
 CONFIGS = sorted(Path(__file__).parents[2].joinpath("configs").glob("*.yaml"))
 
 
@@ -66,13 +89,19 @@ def test_a_config_is_planned(path: Path, source: Path, mixture: Path, tmp_path: 
     else:
         assert RECOVERIES[recipe.recover.method].title in str(first)
     assert str(first.out) == str(tmp_path / "out")
-    assert len(later) == len(recipe.stages()) - 1
+    assert len(later) == len(recipe.stages()) - 1 + (recipe.push is not None)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_is_run(
-    path: Path, source: Path, mixture: Path, tmp_path: Path, text_file: Path, quick_gate: None
+    path: Path,
+    source: Path,
+    mixture: Path,
+    tmp_path: Path,
+    text_file: Path,
+    hub: UploadHub,
+    quick_gate: None,
 ) -> None:
     here = [
         f"model={model_of(path, source, mixture)}", f"out={tmp_path / 'out'}",
@@ -88,6 +117,12 @@ def test_a_config_is_run(
     assert report.data["method"] == cut_of(recipe).method
     trainings = [step for step in recipe.steps if step.recover is not None]
     assert len(report.data.get("recovery", ())) == len(trainings)
+    if recipe.push is not None:
+        (repository,) = hub.repositories.values()
+        assert set(report.data["files"]) < set(repository.files)
+        assert recipe.push.repo in repository.files["README.md"].decode()
+        assert repository.private == recipe.push.private
+    assert len(hub.repositories) == (recipe.push is not None)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -41,6 +41,7 @@ from llmprune.base.errors import LlmpruneError
 from llmprune.calibration.heldout import evaluation_text
 from llmprune.calibration.mix import read_windows
 from llmprune.delivery import gate, stock
+from llmprune.evaluation import samples
 from llmprune.recipe import build
 
 folder, calls, commands = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
@@ -72,6 +73,7 @@ def run_here(command, **options):
     return gate.subprocess.CompletedProcess(command, 0, "", "")
 
 gate.subprocess.run = run_here  # the same checks without the start of another Python
+samples.PROMPTS = ()
 codes = []
 for number, arguments in enumerate(commands):
     if number == 1:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nbformat
 import pytest
@@ -37,30 +36,62 @@ def test_no_output_is_stored(path: Path) -> None:
             assert cell.execution_count is None
 
 
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], Any]:
-    """Return what runs a notebook by name in a folder."""
-    monkeypatch.setenv("PYTHONPATH", str(HOME))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
-        monkeypatch.setenv(name, str(tmp_path / name))
-    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this Python
+# Before each notebook: nothing is left of the one before, gates need no further Python, and runs
+# write no texts.
+BEGINNING = """
+def begin(folder):
+    import os
+    from subprocess import CompletedProcess
+    from types import SimpleNamespace
+    from llmprune.delivery import gate, stock
+    from llmprune.evaluation import samples
 
-    def execute(name: str, work: Path) -> Any:
-        work.mkdir()
-        notebook = nbformat.read(HOME / "eval" / "notebooks" / f"{name}.ipynb", as_version=4)
-        place = {"metadata": {"path": str(work)}}
-        NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute()
-        return notebook
+    def run_here(command, **options):
+        try:
+            stock.main(command[2])
+        except Exception as error:
+            return CompletedProcess(command, 1, "", repr(error))
+        return CompletedProcess(command, 0, "", "")
 
-    return execute
+    gate.subprocess = SimpleNamespace(run=run_here)
+    samples.PROMPTS = ()
+    os.mkdir(folder)
+    os.chdir(folder)
+
+begin({folder!r})
+%reset -f
+"""
 
 
-def test_the_quickstart_runs_and_shows_what_it_promises(
-    tmp_path: Path, run: Callable[[str, Path], Any]
-) -> None:
-    work = tmp_path / "work"
-    notebook = run("quickstart", work)
+class Ran(NamedTuple):
+    """A notebook with its outputs, and the folder that it worked in."""
+
+    notebook: Any
+    work: Path
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
+    """Run all notebooks, one after the other in one kernel, which spares starting Python anew."""
+    home = tmp_path_factory.mktemp("notebooks")
+    found = {path.stem: nbformat.read(path, as_version=4) for path in NOTEBOOKS}
+    whole = nbformat.v4.new_notebook()
+    for name, notebook in found.items():
+        beginning = BEGINNING.format(folder=str(home / name))
+        whole.cells += [nbformat.v4.new_code_cell(beginning), *notebook.cells]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HOME))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        for name in ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+            patch.setenv(name, str(home / name))
+        patch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this Python
+        place = {"metadata": {"path": str(home)}}
+        NotebookClient(whole, timeout=300, kernel_name="python3", resources=place).execute()
+    return {name: Ran(notebook, home / name) for name, notebook in found.items()}
+
+
+def test_the_quickstart_runs_and_shows_what_it_promises(ran: dict[str, Ran]) -> None:
+    notebook, work = ran["quickstart"]
     assert (work / "demo-half" / "llmprune" / "report.json").exists()
     assert sorted(os.listdir(work)) == ["demo-half"]
     tables = "".join(outputs(notebook, "text/html"))
@@ -73,11 +104,8 @@ def test_the_quickstart_runs_and_shows_what_it_promises(
     assert text.count("dense: ") == text.count("pruned: ") == 2
 
 
-def test_the_whole_road_runs_and_shows_what_it_promises(
-    tmp_path: Path, run: Callable[[str, Path], Any]
-) -> None:
-    work = tmp_path / "work"
-    notebook = run("prune_and_evaluate", work)
+def test_the_whole_road_runs_and_shows_what_it_promises(ran: dict[str, Ran]) -> None:
+    notebook, work = ran["prune_and_evaluate"]
     assert sorted(os.listdir(work)) == ["pruned", "recovered"]
     tables = outputs(notebook, "text/html")
     assert [table.count("<caption") for table in tables] == [1, 1, 1]
@@ -92,11 +120,8 @@ def test_the_whole_road_runs_and_shows_what_it_promises(
     assert "llmprune/report.png" in text
 
 
-def test_the_comparison_runs_and_shows_what_it_promises(
-    tmp_path: Path, run: Callable[[str, Path], Any]
-) -> None:
-    work = tmp_path / "work"
-    notebook = run("compare_methods", work)
+def test_the_comparison_runs_and_shows_what_it_promises(ran: dict[str, Ran]) -> None:
+    notebook, work = ran["compare_methods"]
     assert os.listdir(work) == ["compared"]
     written = {path.name for path in (work / "compared").iterdir()}
     assert {"comparison.html", "comparison.csv", "pareto.svg"} <= written

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmprune import api
+from llmprune import api, cli
 from llmprune.delivery.masks import MaskFiles
+from tests.conftest import gate_here
 
 STILL = ["evaluate.perplexity=false"]
 
@@ -25,10 +31,11 @@ STILL = ["evaluate.perplexity=false"]
 def pruned(pico: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pruned pico model; never write into it."""
     out = tmp_path_factory.mktemp("recover") / "in"
-    api.prune(
-        pico("llama"), sparsity=0.5, method="magnitude", out=out, device="cpu", quiet=True,
-        settings=STILL,
-    )  # fmt: skip
+    with gate_here():
+        api.prune(
+            pico("llama"), sparsity=0.5, method="magnitude", out=out, device="cpu", quiet=True,
+            settings=STILL,
+        )  # fmt: skip
     return out
 
 
@@ -46,26 +53,107 @@ def words(folder: Path, out: Path, text_file: Path, *more: str) -> list[str]:
     return [*wish, *more]
 
 
-def test_two_processes_learn_what_one_does(
-    pruned: Path, tmp_path: Path, text_file: Path, quick_gate: None
-) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    asked = ("--set", "recover.micro_batch=2", "--set", "recover.save_every=2", "--quiet")
+def by_torchrun(arguments: list[str], home: Path) -> Callable[[], tuple[bool, str]]:
+    """Start the command in two processes as people do; return what waits for their end."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "llmprune"]
-    done = subprocess.Popen(
-        [*command, *words(pruned, two, text_file, *asked)],
+    started = subprocess.Popen(
+        [*command, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+    def end() -> tuple[bool, str]:
+        said, _ = started.communicate(timeout=300)
+        return not started.returncode, said
+
+    return end
+
+
+def by_fork(arguments: list[str], home: Path) -> Callable[[], tuple[bool, str]]:
+    """Fork two processes with what torchrun would tell them: all is imported already."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        told = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    children = []
+    for rank in ("0", "1"):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if not (child := os.fork()):
+            os.environ |= {**told, "RANK": rank, "LOCAL_RANK": rank}
+            os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            _in_child(arguments, home / f"said-{rank}")
+        children.append(child)
+
+    def end() -> tuple[bool, str]:
+        well = [_ends_well(child) for child in children]
+        return all(well), "".join((home / f"said-{rank}").read_text() for rank in "01")
+
+    return end
+
+
+def _ends_well(child: int, seconds: float = 240) -> bool:
+    """Wait for a child, but not for ever."""
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status) == 0
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def _in_child(arguments: list[str], said: Path) -> None:
+    """Carry out the command in a forked process, and end it."""
+    code = 1
+    try:
+        with said.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+        torch.set_num_threads(1)  # the parent's pool of threads does not survive a fork
+        AcceleratorState._reset_state(reset_partial_state=True)  # the parent's is of one process
+        GradientState._reset_state()
+        cli.main(arguments)
+    except SystemExit as left:
+        code = int(left.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(
+            by_fork, marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+        ),
+        pytest.param(by_torchrun, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_learn_what_one_does(
+    start: Callable[..., Callable[[], tuple[bool, str]]],
+    pruned: Path,
+    tmp_path: Path,
+    text_file: Path,
+    quick_gate: None,
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    asked = ("--set", "recover.micro_batch=2", "--set", "recover.save_every=2", "--quiet")
+    end = start(words(pruned, two, text_file, *asked), tmp_path)
     report = api.recover(
         pruned, data=str(text_file), steps=4, batch=4, seq_len=16, rank=4, out=one, quiet=True,
         device="cpu", settings=[*STILL, "recover.micro_batch=2"],
     )  # fmt: skip
-    said, _ = done.communicate(timeout=300)
-    assert not done.returncode, said
+    well, said = end()
+    assert well, said
     alone = report.data["recovery"][-1]["history"] if report else {}
     together = json.loads((two / "llmprune/report.json").read_text())["recovery"][-1]["history"]
     for key in ("training", "held"):
@@ -82,6 +170,9 @@ def test_the_command_recovers_and_shows(
     out = tmp_path / "out"
     planned = command(*words(pruned, out, text_file, "--dry-run"))
     assert planned.code == 0 and "4 steps of 4 x 16 tokens" in planned.out and not out.exists()
+    push = ("--set", "push.repo=me/small", "--set", "push.private=true")
+    pushed = command(*words(pruned, out, text_file, "--dry-run", *push))
+    assert pushed.out == f"{planned.out}then     push: repo me/small, private True\n"
     done = command(*words(pruned, out, text_file))
     assert done.code == 0, done.err
     again = command(*words(pruned, out, text_file))

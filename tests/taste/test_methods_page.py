@@ -27,7 +27,7 @@ from llmprune.recovery.regrowth import REGROWTHS
 from llmprune.recovery.schedules import SCHEDULES
 from llmprune.recovery.soft import SOFT_MASKS
 from llmprune.repair import REPAIRS
-from llmprune.score import SCORES, UNIT_SCORES, WHOLE_SCORES
+from llmprune.score import RANK_SCORES, SCORES, UNIT_SCORES, WHOLE_SCORES
 from llmprune.solver import COMPENSATIONS, REFINEMENTS, SOLVERS
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +105,7 @@ def test_every_recovery_says_what_it_trains_and_whether_zeros_stay() -> None:
 def test_a_method_names_the_options_of_its_score_and_its_repair() -> None:
     for method in METHODS.values():
         repair = REPAIRS[method.repair].options if method.repair else {}
-        score = {**SCORES, **UNIT_SCORES, **WHOLE_SCORES}[method.score].options
+        score = {**SCORES, **UNIT_SCORES, **WHOLE_SCORES, **RANK_SCORES}[method.score].options
         for option, value in {**score, **repair}.items():
             assert f"`{option}` {value:g}" in part_of_page(method.title)
 
