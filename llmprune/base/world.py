@@ -82,13 +82,29 @@ class World:
         Raises:
             LostProcess: it has ended.
         """
+        self.send(0, message)
+
+    def send(self, rank: int, message: Any) -> None:
+        """Send what can be pickled to one process, which must wait for it.
+
+        Raises:
+            LostProcess: it has ended.
+        """
         import torch.distributed as dist
 
         with _reached():
             data = _packed(message)
-            dist.send(_length(data), 0, group=self.group)
+            dist.send(_length(data), rank, group=self.group)
             for part in data.split(PIECE):
-                dist.send(part, 0, group=self.group)
+                dist.send(part, rank, group=self.group)
+
+    def sent(self) -> Any:
+        """Wait for what the first process sends to this one alone.
+
+        Raises:
+            LostProcess: it has ended.
+        """
+        return self.answer_of(0)
 
     def answer_of(self, rank: int) -> Any:
         """Wait for a message of another process.

@@ -20,6 +20,7 @@ from llmprune.base.timeline import Clock
 from llmprune.calibration.replay import call
 from llmprune.engine.plan import Plan
 from llmprune.engine.shipping import gone_of, is_gone
+from llmprune.engine.side_by_side import cut_jobs, jobs_of, may_share
 from llmprune.engine.solving import Cutter, Order, Outcome, follow
 from llmprune.engine.unit_survey import beside, routing_of
 from llmprune.mask.pattern import NofM, Units
@@ -221,22 +222,23 @@ def _decide(
                 dense = plan.prune.propagate == "dense" and needs is rounds[-1]
                 seen = observe(block, stream, needs, dense=dense)
                 return_freed()
+        ready = [
+            group
+            for group in plan.groups[block.index]
+            if seen is None or not plan.parts.cut or group.coupling or group.tap in needs
+            # one that goes by itself has a row of its own
+            if not is_gone(group.sites[0], gone) or (plan.counts or {})[group.sites[0].name]
+        ]
         with seconds.timed("solve"):
-            for group in plan.groups[block.index]:
-                site = group.sites[0]
-                if is_gone(site, gone) and not (plan.counts or {})[site.name]:
-                    continue  # one that goes by itself has a row of its own
-                if seen is None or not plan.parts.cut or group.coupling or group.tap in needs:
-                    cutter.cut(
-                        group,
-                        changed,
-                        known.given or beside(seen.stats if seen else {}, None, routed),
-                        known.masks,
-                        outcome,
-                        learnt,
-                    )
-                    if sum(site.num_weights for site in group.sites) > LARGE_PIECE:
-                        return_freed()
+            stats = known.given or beside(seen.stats if seen else {}, None, routed)
+            if stream is not None and may_share(cutter, stream.others):
+                jobs = jobs_of(ready, stats, known.masks, learnt)
+                cut_jobs(jobs, cutter, changed, outcome, stream.others)
+                continue
+            for group in ready:
+                cutter.cut(group, changed, stats, known.masks, outcome, learnt)
+                if sum(site.num_weights for site in group.sites) > LARGE_PIECE:
+                    return_freed()
     changed.settle()
     cutter.finish(block, outcome, known.masks)
     cutter.reorder_writers(block, outcome)

@@ -21,6 +21,7 @@ from llmprune.calibration.hidden import Place
 from llmprune.checkpoint.skeleton import fill
 from llmprune.engine.folder import open_target
 from llmprune.engine.opening import Opened, with_shipment
+from llmprune.engine.solving import Cutter
 from llmprune.walk.block import Block
 from llmprune.walk.forward import Stream, advance, embed_batches
 from llmprune.walk.observation import Sums, watch_batches
@@ -97,6 +98,14 @@ class _Share:
             with self.opened.blocks.open(index) as block:
                 watch_batches(block, self.stream, needs, sums, dense=dense)
         return sums.pieces()
+
+    def solve(self, index: int, cutter: Cutter) -> Iterable[Any]:
+        """Solve the groups of a block of the source that are sent to this process alone."""
+        jobs = self.world.sent()
+        if jobs:
+            with self.opened.blocks.open(index) as block:
+                for job in jobs:
+                    yield job.on(block.device).done(cutter, block)
 
     def advance(self, index: int, stored: bool, values: Mapping[str, Tensor]) -> Iterable[Any]:
         """Advance through a block whose values were sent."""

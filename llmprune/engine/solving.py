@@ -101,6 +101,14 @@ class Outcome:
             for linear, mask in self.masks.items()
         }
 
+    def take(self, other: Outcome) -> None:
+        """Add what became of a group that was solved by itself."""
+        self.rows.extend(other.rows)
+        self.masks |= other.masks
+        self.touched |= other.touched
+        self.facts |= other.facts
+        self.spreads.take(other.spreads)
+
     def carry(self, prior: Mapping[str, Tensor], prefix: str) -> None:
         """Keep the masks of an earlier pruning of a block where this one decided nothing."""
         for order in self.permuted:

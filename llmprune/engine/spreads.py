@@ -45,6 +45,11 @@ class Spreads:
             rms_I = (col_sq_I.cpu().double() / num_tokens).sqrt().float()
             self.activations[tap] = {"all": exponents_of(rms_I)[0]}
 
+    def take(self, other: Spreads) -> None:
+        """Add counts of other linears and taps."""
+        self.scores |= other.scores
+        self.activations |= other.activations
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data by kind of linear and of tap: experts are one kind.
 

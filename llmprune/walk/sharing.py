@@ -14,7 +14,7 @@ from typing import Any, Literal
 from llmprune.base.errors import LlmpruneError, LostProcess
 from llmprune.base.world import World
 
-Verb = Literal["embed", "observe", "advance", "result", "end"]
+Verb = Literal["embed", "observe", "solve", "advance", "result", "end"]
 
 
 @dataclass(frozen=True, kw_only=True)

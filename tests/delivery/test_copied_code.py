@@ -26,7 +26,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "cache"
     home.mkdir()
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(home))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    elsewhere = [place for place in sys.path if not Path(place, PACKAGE).is_dir()]
+    monkeypatch.setattr(sys, "path", elsewhere)
     for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
         monkeypatch.delitem(sys.modules, name)
     return home

@@ -22,10 +22,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmprune import api, cli
+from llmprune import Report, api, cli
 from llmprune.base.errors import LostProcess, NumericalError, RecipeError
 from llmprune.base.progress import Progress
 from llmprune.base.world import World, _packed, _unpacked
+from llmprune.engine import side_by_side
 from llmprune.engine.following import _Share, follow
 from llmprune.engine.opening import open_plan
 from llmprune.steps import run_streamed
@@ -42,6 +43,7 @@ class Table:
     def __init__(self, size: int) -> None:
         self.orders: list[queue.Queue[Any]] = [queue.Queue() for _ in range(size)]
         self.answers: list[queue.Queue[Any]] = [queue.Queue() for _ in range(size)]
+        self.letters: list[queue.Queue[Any]] = [queue.Queue() for _ in range(size)]
         self.turn = threading.Lock()
 
     def wait(self, messages: queue.Queue[Any]) -> Any:
@@ -67,6 +69,12 @@ class Seat(World):
 
     def answer(self, message: Any) -> None:
         self.table.answers[self.rank].put(_packed(message).clone())
+
+    def send(self, rank: int, message: Any) -> None:
+        self.table.letters[rank].put(_packed(message).clone())
+
+    def sent(self) -> Any:
+        return self.table.wait(self.table.letters[self.rank])
 
     def answer_of(self, rank: int) -> Any:
         return self.table.wait(self.table.answers[rank])
@@ -170,6 +178,45 @@ def test_gram_matrices_of_several_processes_agree_to_rounding(
     assert_near(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two"))
 
 
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        pytest.param("sparsegpt", {}, id="sparsegpt"),
+        pytest.param("alps", {"pattern": "2:4"}, id="alps"),
+    ],
+)
+def test_groups_solved_by_several_processes_are_those_that_one_solves(
+    method: str,
+    more: dict[str, Any],
+    pico: Any,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quick_gate: None,
+) -> None:
+    solved: list[tuple[int, str]] = []
+    done = side_by_side.Job.done
+
+    def counted(self: Any, cutter: Any, block: Any) -> Any:
+        solved.append((threading.get_ident(), self.group.tap))
+        return done(self, cutter, block)
+
+    monkeypatch.setattr(side_by_side.Job, "done", counted)
+    wish = partial(wish_of, pico("llama"), text_file, method=method, **more)
+    together(3, wish(out=tmp_path / "one"))
+    assert len({thread for thread, _ in solved}) == 1  # matrices this small stay where they are
+    taps = sorted(tap for _, tap in solved)
+    solved.clear()
+    monkeypatch.setattr(side_by_side, "LEAST", 1)
+    together(3, wish(out=tmp_path / "many"))
+    assert len({thread for thread, _ in solved}) == 3
+    assert sorted(tap for _, tap in solved) == taps
+    assert bytes_of(tmp_path / "many") == bytes_of(tmp_path / "one")
+    one, many = (Report.read(tmp_path / name).data["blocks"] for name in ("one", "many"))
+    for before, after in zip(one, many, strict=True):
+        assert before["sites"] == after["sites"] and before["spreads"] == after["spreads"]
+
+
 def test_a_fault_of_another_process_is_told_by_the_first_and_ends_all(
     pico: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_gate: None
 ) -> None:
@@ -262,8 +309,10 @@ one dies, and two that resume."""
 import os, socket, sys
 import torch, transformers
 from llmprune import api
-from llmprune.engine import following
+from llmprune.engine import following, side_by_side
 import llmprune.steps
+
+side_by_side.LEAST = 1  # groups of any size are sent
 
 class Proven:
     to_dict = staticmethod(lambda: {})
