@@ -59,13 +59,14 @@ def agree(asked: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]:
     for method in asked.methods:
         for pattern in asked.patterns:
             found = {}
-            for device in ("cpu", asked.device):
-                found[device] = scratch / f"{method}-{pattern.replace(':', 'of')}-{device}"
-                prune("demo", found[device], "--method", method, "--pattern", pattern,
+            for side, device in (("here", "cpu"), ("there", asked.device)):
+                found[side] = scratch / f"{method}-{pattern.replace(':', 'of')}-{side}"
+                prune("demo", found[side], "--method", method, "--pattern", pattern,
                       *sparsity_of(pattern), "--device", device, "--dtype", "float32",
-                      "--num-samples", "32", "--seq-len", "512")  # fmt: skip
-            here, there = found["cpu"], found[asked.device]
-            yield {"method": method, "pattern": pattern} | differing(here, there)
+                      "--num-samples", "32", "--seq-len", "512",
+                      "--set", "evaluate.perplexity=true")  # fmt: skip
+            told = {"method": method, "pattern": pattern}
+            yield told | differing(found["here"], found["there"])
 
 
 def differing(here: Path, there: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.base.errors import RecipeError
+from llmprune.base.errors import CheckpointError, RecipeError, first_line
 from llmprune.calibration.turns import Said, Span, asked_tokens
 
 _PIECE = 100_000  # characters that go to the tokenizer at once; some are quadratic in the length
@@ -180,18 +180,32 @@ def _tokens(text: str, tokenizer: Any, limit: int | None) -> tuple[list[int], li
 
 
 def _encode(text: str, tokenizer: Any) -> list[int]:
-    _check_characters(text)
-    # `verbose=False` is about the model's context length, which the windows will respect.
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[int] = _read(text, tokenizer)["input_ids"]
     return ids
 
 
 def _encode_with_offsets(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
     """Return the same tokens, and the characters that each is of."""
-    _check_characters(text)
-    wishes = {"add_special_tokens": False, "verbose": False, "return_offsets_mapping": True}
-    found = tokenizer(text, **wishes)
+    found = _read(text, tokenizer, return_offsets_mapping=True)
     return found["input_ids"], found["offset_mapping"]
+
+
+def _read(text: str, tokenizer: Any, **wishes: bool) -> Any:
+    """Return what a tokenizer makes of a text.
+
+    Raises:
+        CheckpointError: it can make nothing of it.
+        RecipeError: the text holds half a character.
+    """
+    _check_characters(text)
+    try:
+        # `verbose=False` is about the model's context length, which the windows will respect.
+        return tokenizer(text, add_special_tokens=False, verbose=False, **wishes)
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise CheckpointError(
+            f"the model's tokenizer cannot read {text[:20]!r} ({first_line(error)}). Copy "
+            "tokenizer.json and tokenizer_config.json of this model into its folder again."
+        ) from None
 
 
 def _check_characters(text: str) -> None:

@@ -219,11 +219,19 @@ def check_out(out: Path, source: Path | None, *, overwrite: bool) -> None:
         raise RecipeError(
             f"out: {out} is not empty. Choose another folder with --out, or add --overwrite."
         )
-    if partial.exists() and not (partial / OWN / "run.json").exists() and any(partial.iterdir()):
+    if not (partial / OWN / "run.json").exists() and not _is_beginning(partial):
         raise RecipeError(
             f"out: {partial}, where this run would work, holds something else. Rename it, or "
             "choose another folder with --out."
         )
+
+
+def _is_beginning(partial: Path) -> bool:
+    """Tell whether a folder is missing, or holds only what a run writes before it has a record."""
+    ours = {partial / OWN / ".run.json.tmp", partial / OWN / "records" / "replaces"}
+    return not partial.is_file() and all(
+        path in ours or (path.is_dir() and not path.is_symlink()) for path in partial.rglob("*")
+    )
 
 
 def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], holder: str) -> None:

@@ -70,7 +70,8 @@ class PruneStep(Part):
             step = {**beside(step), **step}
         elif isinstance(pattern := step.get("pattern"), str) and "method" not in step:
             step = {**usual_parts(pattern, step.get("target")), **step}
-        method = METHODS.get(step.get("method", "wanda"))
+        name = step.get("method", "wanda")
+        method = METHODS.get(name) if isinstance(name, str) else None
         if method is not None:
             step = {"pattern": method.pattern, "propagate": method.propagate, **step}
         return step

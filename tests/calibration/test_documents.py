@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
-from llmprune.base.errors import RecipeError, UnknownName
+from llmprune.base.errors import CheckpointError, RecipeError, UnknownName
 from llmprune.calibration.documents import open_text, read_documents
 from llmprune.calibration.files import local_files
 from llmprune.calibration.heldout import evaluation_text
@@ -156,6 +160,13 @@ def test_half_a_character_is_shown(tmp_path: Path, tokenizer: Any) -> None:
     (text,) = read_documents(str(path), seed=0)
     with pytest.raises(RecipeError, match=r"half a character .* at 'before \\ud800'"):
         token_ids(text, tokenizer)
+
+
+def test_a_tokenizer_that_cannot_read_is_told() -> None:
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    with pytest.raises(CheckpointError, match=r"cannot read 'a b' \(WordLevel error"):
+        token_ids("a b", PreTrainedTokenizerFast(tokenizer_object=words))
 
 
 @pytest.mark.parametrize("data", ["", " ", None, ["a"]])

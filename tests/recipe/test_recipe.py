@@ -115,6 +115,10 @@ def test_the_configs_name_parts_that_there_are(path: Path) -> None:
         ({"pattern": "0:4"}, r"'0:4' would keep 0 of every 4"),
         ({"pattern": "4:4"}, r"'4:4' would keep 4 of every 4"),
         ({"pattern": 124}, r"pattern: 124 is a number here\. Put quotes around it: '124'"),
+        (
+            {"sparsity": 0.5, "method": []},
+            r"method: \[\] does not fit; it should be a valid string",
+        ),
         ({"sparsity": 0.5, "group": "rows"}, r"group: 'rows' does not fit; .*'matrix' or 'mass'"),
         ({"pattern": "1x1", "sparsity": 0.5}, r"pattern: '1x1' is no tile\. .*as in '16x16'"),
         ({"sparsity": 0.5, "min_keep": 1}, r"min_keep: 1 is not a fraction.*type 0\.05"),
