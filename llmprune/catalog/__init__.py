@@ -30,3 +30,14 @@ METHODS: Registry[Method] = Registry(
 )
 
 __all__ = ["METHODS", "Method"]
+
+
+def methods_for(pattern: str) -> list[str]:
+    """Return the methods that have a rule for a pattern of weights, a unit, or lower ranks.
+
+    >>> methods_for("low-rank"), "wanda" in methods_for("2:4"), "wanda" in methods_for("16x16")
+    (['svd-llm', 'svd'], True, True)
+    """
+    kinds = {"N:M": ":" in pattern, "HxW": pattern[:1].isdigit()}
+    kind = next((name for name, meant in kinds.items() if meant), pattern)
+    return [row.name for row in METHODS.values() if kind in row.patterns]

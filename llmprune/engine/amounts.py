@@ -12,7 +12,7 @@ from llmprune.allocation.projector import project
 from llmprune.allocation.types import Probe, Profile, Remeasure, Request
 from llmprune.arch.types import Site
 from llmprune.base.errors import RecipeError
-from llmprune.catalog import METHODS, Method
+from llmprune.catalog import METHODS, Method, methods_for
 from llmprune.engine.budgets import EMPTY, Budget
 from llmprune.engine.cost import Estimate, Survey
 from llmprune.engine.parts import Needs, allocation_of, options_for
@@ -262,14 +262,12 @@ def _check_spared(step: PruneStep, allocation: str, sites: Sequence[Site]) -> No
 
 def _check_pattern(step: PruneStep, method: Method) -> None:
     """Raise where a method does not say how to choose such a mask."""
-    kinds = {"N:M": ":" in step.pattern, "HxW": step.pattern[:1].isdigit()}
-    kind = next((name for name, meant in kinds.items() if meant), step.pattern)
-    if kind not in method.patterns:
-        others = ", ".join(row.name for row in METHODS.values() if kind in row.patterns)
+    able = methods_for(step.pattern)
+    if method.name not in able:
         raise RecipeError(
             f"prune.pattern: method {method.name} has no rule for {step.pattern}; it is for "
             f"{', '.join(method.patterns)}. Use another pattern, or a method that has one: "
-            f"{others}."
+            f"{', '.join(able)}."
         )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from llmprune.arch.types import RANK, Linear, Site, Span
 from llmprune.base.errors import RecipeError
 from llmprune.base.text import ranges
-from llmprune.catalog import METHODS, Method
+from llmprune.catalog import Method, methods_for
 from llmprune.engine.sites import Group, all_sites
 from llmprune.mask.pattern import LOW_RANK, LowRank, Pattern
 from llmprune.score import RANK_SCORES
@@ -39,7 +39,7 @@ def compose_ranks(step: PruneStep, pattern: Pattern, method: Method) -> Method:
             masks or of units.
     """
     if method.score not in RANK_SCORES or not isinstance(pattern, LowRank):
-        able = [row.name for row in METHODS.values() if step.pattern in row.patterns]
+        able = methods_for(step.pattern)
         raise RecipeError(
             f"prune.pattern: method {method.name} has no rule for {step.pattern}; it is for "
             f"{', '.join(method.patterns)}. Type --pattern {method.pattern}, or --method "
