@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from llmprune.base.memory import LARGE_PIECE, anonymous_bytes, return_freed
+from llmprune.base.memory import anonymous_bytes, return_freed
 from llmprune.base.progress import Progress
 from llmprune.base.timeline import Clock
 from llmprune.calibration.replay import call
 from llmprune.engine.plan import Plan
 from llmprune.engine.shipping import gone_of, is_gone
-from llmprune.engine.side_by_side import cut_jobs, jobs_of, may_share
+from llmprune.engine.side_by_side import cut_groups
 from llmprune.engine.solving import Cutter, Order, Outcome, follow
 from llmprune.engine.unit_survey import beside, routing_of
 from llmprune.mask.pattern import NofM, Units
@@ -31,6 +31,7 @@ from llmprune.walk.block import Block, Blocks
 from llmprune.walk.forward import Stream, advance, check_activation
 from llmprune.walk.observation import Seen, in_rounds, observe
 from llmprune.walk.regional import regional_squares
+from llmprune.walk.sharing import ALONE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -230,15 +231,16 @@ def _decide(
             if not is_gone(group.sites[0], gone) or (plan.counts or {})[group.sites[0].name]
         ]
         with seconds.timed("solve"):
-            stats = known.given or beside(seen.stats if seen else {}, None, routed)
-            if stream is not None and may_share(cutter, stream.others):
-                jobs = jobs_of(ready, stats, known.masks, learnt)
-                cut_jobs(jobs, cutter, changed, outcome, stream.others)
-                continue
-            for group in ready:
-                cutter.cut(group, changed, stats, known.masks, outcome, learnt)
-                if sum(site.num_weights for site in group.sites) > LARGE_PIECE:
-                    return_freed()
+            cut_groups(
+                ready,
+                known.given or beside(seen.stats if seen else {}, None, routed),
+                cutter,
+                changed,
+                outcome,
+                prior=known.masks,
+                learnt=learnt,
+                others=ALONE if stream is None else stream.others,
+            )
     changed.settle()
     cutter.finish(block, outcome, known.masks)
     cutter.reorder_writers(block, outcome)

@@ -56,8 +56,7 @@ class Job:
             self.group, block, {self.group.tap: self.stats}, self.prior, outcome, self.learnt
         )
         linears = [site.spans[0].linear for site in self.group.sites]
-        if sum(site.num_weights for site in self.group.sites) > LARGE_PIECE:
-            return_freed()
+        _return_freed_after(self.group)
         return Solution(self.place, outcome, {name: block.weight(name) for name in linears})
 
 
@@ -70,7 +69,33 @@ class Solution:
     weights: Mapping[str, Tensor]
 
 
-def jobs_of(
+def cut_groups(
+    groups: Sequence[Group],
+    stats: Mapping[str, Stats],
+    cutter: Cutter,
+    block: Block,
+    outcome: Outcome,
+    *,
+    prior: Mapping[str, Tensor],
+    learnt: Mapping[str, Stats],
+    others: Others,
+) -> None:
+    """Cut groups of a block by the statistics of their taps, by several processes where that pays.
+
+    `prior` are masks of earlier prunings by linear, `learnt` what is known of single linears.
+
+    Raises:
+        LlmpruneError: what another process could not solve.
+    """
+    if _may_share(cutter, others):
+        _cut_jobs(_jobs_of(groups, stats, prior, learnt), cutter, block, outcome, others)
+        return
+    for group in groups:
+        cutter.cut(group, block, stats, prior, outcome, learnt)
+        _return_freed_after(group)
+
+
+def _jobs_of(
     groups: Sequence[Group],
     stats: Mapping[str, Stats],
     prior: Mapping[str, Tensor],
@@ -93,20 +118,16 @@ def jobs_of(
     ]
 
 
-def may_share(cutter: Cutter, others: Others) -> bool:
+def _may_share(cutter: Cutter, others: Others) -> bool:
     """Tell whether groups may be solved anywhere: none may look at what another one decided."""
     weights = isinstance(cutter.pattern, Unstructured | NofM)
     return others.world.size > 1 and weights and not cutter.permute and cutter.method.repair is None
 
 
-def cut_jobs(
+def _cut_jobs(
     jobs: Sequence[Job], cutter: Cutter, block: Block, outcome: Outcome, others: Others
 ) -> None:
-    """Solve groups here and in other processes, and add what comes of each in order.
-
-    Raises:
-        LlmpruneError: what another process could not solve.
-    """
+    """Solve groups here and in other processes, and add what comes of each in order."""
     shares = _shares([_cost(job) for job in jobs], others.world.size)
     solved: list[Solution] = []
     if any(shares[1:]):
@@ -121,6 +142,11 @@ def cut_jobs(
         mine = [job.done(cutter, block) for job in jobs]
     for solution in sorted([*mine, *solved], key=lambda solution: solution.place):
         outcome.take(solution.outcome)
+
+
+def _return_freed_after(group: Group) -> None:
+    if sum(site.num_weights for site in group.sites) > LARGE_PIECE:
+        return_freed()
 
 
 def _cost(job: Job) -> int:
