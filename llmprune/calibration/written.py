@@ -10,26 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from llmprune.base.errors import LlmpruneError
+from llmprune.base.places import cache_folder
 from llmprune.calibration.mix import Windows
 from llmprune.calibration.windows import token_hash
 from llmprune.checkpoint.sink import write_json, write_tensors
 from llmprune.checkpoint.source import read_json
-
-
-def written_folder() -> Path:
-    """Return where such texts are kept."""
-    home = os.environ.get("LLMPRUNE_CACHE")
-    if home:
-        return Path(home).expanduser() / "written"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "llmprune" / "written"
 
 
 def text_key(decides: Mapping[str, Any]) -> str:
@@ -46,7 +36,7 @@ def kept_text(key: str) -> Windows | None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = written_folder() / key
+    path = cache_folder("written") / key
     try:
         record = read_json(path.with_suffix(".json"))
         tokens_NT = load_file(path.with_suffix(".safetensors"))["tokens"]
@@ -64,7 +54,7 @@ def keep_text(key: str, windows: Windows) -> Windows:
 
     Where the folder cannot be written they are written again next time.
     """
-    path = written_folder() / key
+    path = cache_folder("written") / key
     told = {**windows.record["on_policy"], "kept": key, "from_cache": False}
     record = {**windows.record, "on_policy": told}
     try:

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.base.errors import LlmpruneError
+from llmprune.base.places import cache_folder
 from llmprune.checkpoint.sink import write_json
 from llmprune.checkpoint.source import read_json
 from llmprune.evaluation.scores import Score, TaskFacts
@@ -28,15 +27,6 @@ if TYPE_CHECKING:
 READ = (".json", ".txt", ".model", ".jinja", ".py", ".safetensors")  # what a model is made from
 
 Told = tuple[tuple[Score, ...], dict[str, TaskFacts], tuple[str, ...]]  # scores, facts, notes
-
-
-def score_folder() -> Path:
-    """Return where scores are kept."""
-    home = os.environ.get("LLMPRUNE_CACHE")
-    if home:
-        return Path(home).expanduser() / "scores"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "llmprune" / "scores"
 
 
 def model_key(source: Source) -> str:
@@ -76,7 +66,7 @@ def score_key(model: str, tasks: str, settings: Mapping[str, Any]) -> str:
 
 def recall(key: str) -> Told | None:
     """Return the scores kept under a key; none where there are none, or they cannot be read."""
-    path = score_folder() / f"{key}.json"
+    path = cache_folder("scores") / f"{key}.json"
     try:
         data = read_json(path) if path.exists() else None
         if data is None:
@@ -99,7 +89,7 @@ def remember(key: str, told: Told) -> None:
         "notes": list(notes),
     }
     try:
-        score_folder().mkdir(parents=True, exist_ok=True)
-        write_json(score_folder() / f"{key}.json", data)
+        cache_folder("scores").mkdir(parents=True, exist_ok=True)
+        write_json(cache_folder("scores") / f"{key}.json", data)
     except OSError:
         return

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from llmprune import api
+from llmprune.base.places import cache_folder
 from llmprune.base.progress import Progress
 from llmprune.calibration.mix import Windows, window_record
 from llmprune.calibration.on_policy import written_windows
-from llmprune.calibration.written import keep_text, kept_text, text_key, written_folder
+from llmprune.calibration.written import keep_text, kept_text, text_key
 from llmprune.engine import calibrating
 from llmprune.engine.calibrating import opened_windows
 from llmprune.engine.opening import open_plan
@@ -99,11 +100,11 @@ def test_a_folder_that_cannot_be_written_costs_nothing(
     assert kept_text(key) is None
     monkeypatch.delenv("LLMPRUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert written_folder() == tmp_path / "llmprune" / "written"
+    assert cache_folder("written") == tmp_path / "llmprune" / "written"
     keep_text(key, windows)
     found = kept_text(key)
     assert found is not None and torch.equal(found.tokens, tokens) and found.is_remote
-    (written_folder() / f"{key}.json").write_text("{")
+    (cache_folder("written") / f"{key}.json").write_text("{")
     assert kept_text(key) is None
 
 
