@@ -653,9 +653,10 @@ def test_a_fault_keeps_the_block_whose_record_was_still_being_written(
 # Signals to a real process.
 
 WAITING = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from llmprune import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs behind
 from llmprune.engine.solving import Cutter
 original, calls = Cutter.cut, 0
 def slow(*args):
