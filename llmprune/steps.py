@@ -319,6 +319,7 @@ def _cut_blocks(
         share=partial(fresh, among=others),
         prior=prior_masks(opened),
         folder=records.survey,
+        others=others,
     )
     with timed(seconds, "survey") if plan.surveys else nullcontext():
         plan, gradients = before_the_cut(

@@ -166,9 +166,10 @@ _ROWS = (
         *("learned-gates", "Learned gates", "gate"),
         "Zhang et al., EcoDiff: Low-Cost Pruning of Diffusion Models, arXiv:2412.02852",
         2024,
-        "Trains a number between 0 and 1 for every unit, weights frozen, so that the gated model "
-        "says what the dense one said (KL) while the mean gate falls to the share that is to stay; "
-        "a polarization penalty draws gates apart. The lowest gates go, over all of the model.",
+        "Trains for every unit the chance that it stays, weights frozen: models are drawn by these "
+        "chances and shall say what the dense one said (KL), while the weights that are expected "
+        "to stay fall to the share that is asked. The units least likely to stay go, over all of "
+        "the model.",
         allocation="standardised",
     ),
     width(

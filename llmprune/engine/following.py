@@ -6,7 +6,7 @@ as if it were alone; where that is a sum over micro-batches, these add theirs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from llmprune.checkpoint.skeleton import fill
 from llmprune.engine.folder import open_target
 from llmprune.engine.opening import Opened, with_shipment
 from llmprune.engine.solving import Cutter
+from llmprune.walk.backward import backward_survey
 from llmprune.walk.block import Block
 from llmprune.walk.forward import Stream, advance, embed_batches
 from llmprune.walk.observation import Sums, watch_batches
@@ -79,7 +80,7 @@ class _Share:
         self.close()
         torch.set_num_threads(threads)
         batches = tokens_NT.split(micro_batch)
-        home = None if folder is None else folder.with_name(f"{folder.name}-{self.world.rank}")
+        home = self._own(folder)
         self.stream = embed_batches(
             self.opened.blocks,
             batches[self.world.share(len(batches))],
@@ -87,6 +88,34 @@ class _Share:
             folder=home,
         )
         return ()
+
+    def gradients(
+        self,
+        tokens_NT: Tensor,
+        needs: Sequence[str],
+        linears: Sequence[Sequence[str]],
+        place: Place,
+        folder: Path | None,
+        threads: int,
+    ) -> Iterable[Any]:
+        """Take gradients of this process's sequences; the answer is a piece for every block with
+        linears to look at, the last block's first: what they add, or nothing.
+        """
+        self.close()
+        torch.set_num_threads(threads)
+        mine_NT = tokens_NT[self.world.share(len(tokens_NT))]
+        if len(mine_NT):
+            blocks = self.opened.blocks
+            home = self._own(folder)
+            yield from (
+                stats
+                for _, stats in backward_survey(
+                    blocks, mine_NT, needs, linears.__getitem__, place=place, folder=home
+                )
+            )
+        else:
+            lowest = min(index for index, names in enumerate(linears) if names)
+            yield from (None for _ in range(lowest, len(linears)))
 
     def observe(
         self, index: int, needs: Mapping[str, tuple[str, ...]], dense: bool
@@ -120,6 +149,10 @@ class _Share:
         plan = with_shipment(self.opened, replace(self.opened.plan, counts=counts))
         self.modules_of_result = open_target(self.opened, plan, self.out).result
         return ()
+
+    def _own(self, folder: Path | None) -> Path | None:
+        """Return this process's folder for hidden states, beside the first one's."""
+        return None if folder is None else folder.with_name(f"{folder.name}-{self.world.rank}")
 
     def close(self) -> Iterable[Any]:
         """Let the micro-batches go."""

@@ -1,17 +1,24 @@
-"""Learned gates: one number per unit, trained so that the model with gates says what it said.
+"""Learned gates: for every unit the chance that it stays, trained with the weights frozen.
 
-Weights are frozen. In every step a few sequences pass the gated model forward and the gradient of
-KL(dense || gated) comes back block by block; a gate's gradient is that of its columns in the linear
-that reads the unit. One block is in memory at a time. A penalty draws the mean gate, weighted by
-what units cost, to the share that is to stay, and another draws gates apart, to 0 and to 1.
+What is left shall say what the dense model said. In every step a few sequences pass a model whose
+units are drawn by their chances, and the gradient of KL(dense || gated) comes back block by block;
+a gate's gradient is that of its columns in the linear that reads the unit. One block is in memory
+at a time. Chances live as logits: each moves against its gradient for a weight, then all move
+together until the weights that are expected to stay are as many as the step's goal, which falls to
+what is asked.
+
+Gates are drawn, mostly 0 or 1, since a gate that only scales costs nothing: the next norm undoes
+it, and all gates sink side by side.
 
 Source: Zhang et al., EcoDiff (masks learnt against the dense model's output, weights frozen);
-Zhuang et al., Neuron-level Structured Pruning using Polarization Regularizer (the second penalty).
+Louizos et al., Learning Sparse Neural Networks through L0 Regularization (the hard concrete draw);
+the step is mirror descent under a budget, as in Beck and Teboulle, 2003.
 Legend: N sequences, B = 1 sequence, T tokens, D hidden size, V vocabulary, U units, I inputs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,8 +42,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AT_ONCE = 4  # sequences of a step
-RATE, PULL, APART = 0.05, 50.0, 0.02  # of Adam; weights of the two penalties
-FIRST = 0.95  # where gates begin: below 1, so that they can go up
+FIRST = 2.5  # the logit of every chance at the start
+RATES = 0.3, 0.03  # how far logits move in the first step and in the last, root mean square
+INERTIA = 0.9  # share of the former direction that a step keeps
+FALL = 0.6  # share of the steps in which the goal falls
+MOST = 6.0  # logits stay within it, so that a unit can come back
+HEAT, LOW, HIGH = 2 / 3, -0.1, 1.1  # of the hard concrete distribution, as published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,47 +153,74 @@ def _trained(
     steps: int,
     progress: Progress,
 ) -> dict[str, Tensor]:
-    """Return the gates (U,) of every site after some steps of Adam."""
-    sites = [group.sites[0] for here in groups for group in gated(here)]
-    gates = {
-        site.name: torch.full((site.num_units,), FIRST, dtype=torch.float64, requires_grad=True)
-        for site in sites
+    """Return the chance (U,) that each unit of a site stays, after some steps of mirror descent."""
+    costs = {
+        group.sites[0].name: (group.sites[0].num_units, group.sites[0].unit_cost)
+        for here in groups
+        for group in gated(here)
     }
-    costs = {site.name: site.unit_cost for site in sites}
-    optimizer = torch.optim.Adam(list(gates.values()), lr=RATE)
+    each = torch.cat([torch.full((num,), float(cost)) for num, cost in costs.values()]).double()
+    logit = torch.full_like(each, FIRST)
+    direction = torch.zeros_like(each)
     batches = [tokens_NT[i : i + AT_ONCE] for i in range(0, len(tokens_NT), AT_ONCE)]
     dense: dict[int, list[Tensor]] = {}
+    draws = torch.Generator().manual_seed(0)
+
+    def by_site(value: Tensor) -> dict[str, Tensor]:
+        return dict(zip(costs, value.split([num for num, _ in costs.values()]), strict=True))
+
     with progress.stage("gates", steps) as stage:
         for step in range(steps):
             at = step % len(batches)
             if at not in dense:
                 dense[at] = _last_hidden(blocks, batches[at])
-            now = Gated(
-                blocks=blocks, groups=groups, gates={n: g.detach() for n, g in gates.items()}
-            )
+            now = Gated(blocks=blocks, groups=groups, gates=by_site(_drawn(logit, draws)))
             kl, slopes = _slopes(now, batches[at], dense[at])
-            penalty = _penalty(gates, costs, target)
-            optimizer.zero_grad()
-            penalty.backward()
-            for name, gate_U in gates.items():
-                assert gate_U.grad is not None
-                gate_U.grad += slopes[name]
-            optimizer.step()
-            with torch.no_grad():
-                for gate_U in gates.values():
-                    gate_U.clamp_(0, 1)
+            slope = torch.cat([slopes[name] for name in costs])
+            direction = INERTIA * direction + (1 - INERTIA) * slope / each
+            past = step / steps
+            rate = RATES[0] * (1 - past) + RATES[1]
+            fallen = min(1.0, (step + 1) / (FALL * steps))
+            logit = _moved(logit, direction, each, rate=rate, kept=1 - target * fallen)
             stage.advance(f"KL {kl:.3g}")
-    return {name: gate_U.detach().clone() for name, gate_U in gates.items()}
+    return {name: chance_U.clone() for name, chance_U in by_site(chance(logit)).items()}
 
 
-def _penalty(gates: Mapping[str, Tensor], costs: Mapping[str, int], target: float) -> Tensor:
-    """Return what draws gates to their share, and apart from their mean."""
-    whole = sum(costs[name] * len(gate_U) for name, gate_U in gates.items())
-    weighed = [costs[name] * gate_U.sum() for name, gate_U in gates.items()]
-    kept = torch.stack(weighed).sum() / whole
-    every = torch.cat(list(gates.values()))
-    apart = (every.abs() - (every - every.mean()).abs()).mean()
-    return PULL * (kept - (1 - target)).clamp(min=0) ** 2 + APART * apart
+def _drawn(logit: Tensor, draws: torch.Generator) -> Tensor:
+    """Return gates between 0 and 1 drawn by the hard concrete distribution of these logits.
+
+    A draw is exactly 0 or 1 with a good share of the chance, and between them elsewhere.
+    """
+    even = torch.rand(logit.shape, generator=draws, dtype=torch.float64).clamp(1e-4, 1 - 1e-4)
+    return (((even.logit() + logit) / HEAT).sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+def chance(logit: Tensor) -> Tensor:
+    """Return the chance that a drawn gate is above 0, as published.
+
+    >>> round(float(chance(torch.tensor(0.0, dtype=torch.float64))), 4)
+    0.8318
+    """
+    return (logit - HEAT * math.log(-LOW / HIGH)).sigmoid()
+
+
+def _moved(logit: Tensor, direction: Tensor, cost: Tensor, *, rate: float, kept: float) -> Tensor:
+    """Return the logits after one step: against the direction, then all by the same amount, until
+    the share of the cost that is expected to stay is `kept`.
+
+    The step's root mean square over weights is `rate`.
+    """
+    size = ((direction**2 * cost).sum() / cost.sum()).sqrt()
+    moved = logit - rate * direction / size if size > 0 else logit
+
+    def above(shift: float) -> bool:
+        return bool((cost * chance(moved - shift)).sum() > kept * cost.sum())
+
+    low, high = -100.0, 100.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if above(middle) else (low, middle)
+    return (moved - high).clamp(-MOST, MOST)
 
 
 def _last_hidden(blocks: Blocks, tokens_NT: Tensor) -> list[Tensor]:

@@ -31,6 +31,7 @@ from llmprune.stats.types import Stats
 from llmprune.walk.backward import backward_survey
 from llmprune.walk.block import Blocks
 from llmprune.walk.resident import Resident
+from llmprune.walk.sharing import ALONE, Others
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,14 +132,18 @@ def take_gradients(
     progress: Progress,
     room: int = ROOM,
     place: Place = "host",
+    others: Others = ALONE,
 ) -> Gradients:
     """Take the gradient statistics of all sequences, or what is missing of them in `folder`.
+
+    Every process takes those of its share of a group of sequences; their sums are added in the
+    order of the processes.
 
     Args:
         needs: the statistics, of those that are seen in a backward walk.
         linears: which ones to look at, for each block (names relative to it); all, if None.
         folder: where they are kept, one file per block; in memory where None.
-        room: bytes that the inputs of all blocks may take up at `place` at a time.
+        room: bytes that the inputs of all blocks may take up at `place` at a time, of each process.
 
     Raises:
         NumericalError: an activation or a gradient is not finite; names the block.
@@ -162,7 +167,8 @@ def take_gradients(
             "Begin again with --overwrite."
         )
     done = min(counts, default=num)
-    group = sequences_at_once(blocks, tokens_NT.shape[-1], room)
+    world = others.world
+    group = world.size * sequences_at_once(blocks, tokens_NT.shape[-1], room)
     starts = range(done, num, group)
     if not starts:
         return found
@@ -176,20 +182,49 @@ def take_gradients(
             def told(label: str, until: int = until) -> None:
                 stage.advance(f"{label}, sequences to {until} of {num}")
 
-            for index, stats in backward_survey(
-                blocks,
-                part_NT,
-                needs,
-                linears.__getitem__,
-                before=found.of,
-                start=start,
+            with others.alongside(
+                "gradients",
+                tokens_NT=part_NT,
+                needs=list(needs),
+                linears=linears,
                 place=place,
                 folder=inputs,
-                told=told,
-            ):
-                found.keep(index, stats)
-                del stats  # one block's at a time
+                threads=torch.get_num_threads(),
+            ) as pieces:
+                for index, stats in backward_survey(
+                    blocks,
+                    part_NT[world.share(len(part_NT))],
+                    needs,
+                    linears.__getitem__,
+                    before=found.of,
+                    start=start,
+                    place=place,
+                    folder=inputs,
+                    told=told,
+                ):
+                    held = next(iter(stats.values())).num_sequences if stats else 0
+                    for piece in pieces():
+                        if piece and held < until:  # else the block has them already
+                            stats = _with(stats, piece)
+                    if stats:
+                        found.keep(index, stats)
+                    del stats  # one block's at a time
     return found
+
+
+def _with(stats: Mapping[str, Stats], more: Mapping[str, Stats]) -> dict[str, Stats]:
+    """Return what two processes found of a block together."""
+    return {
+        linear: Stats(
+            num_tokens=0,
+            values={
+                name: value + more[linear][name].to(value.device)
+                for name, value in each.values.items()
+            },
+            num_sequences=each.num_sequences + more[linear].num_sequences,
+        )
+        for linear, each in stats.items()
+    }
 
 
 def all_linears(blocks: Blocks) -> list[list[str]]:

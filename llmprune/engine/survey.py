@@ -40,6 +40,7 @@ from llmprune.stats.types import Stats
 from llmprune.walk.block import Blocks
 from llmprune.walk.forward import Stream
 from llmprune.walk.observation import Seen, in_rounds, observe
+from llmprune.walk.sharing import ALONE, Others
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,8 @@ class Surroundings:
     """What a survey walks over.
 
     `embed` gives fresh hidden states of token ids; blocks stay dense, and so do these. `prior`
-    gives the masks of earlier prunings of a block, `gradients` what a backward survey learnt of it.
+    gives the masks of earlier prunings of a block, `gradients` what a backward survey learnt of it;
+    `others` are the processes that take part in that.
     `tokens_NT` is absent where no part of the run reads text; `folder` keeps what an interrupted
     search goes on from.
     """
@@ -65,6 +67,7 @@ class Surroundings:
     prior: Callable[[int], Prior] = lambda index: {}
     gradients: Callable[[int], Learnt] = lambda index: {}
     folder: Path | None = None
+    others: Others = ALONE
 
     @property
     def parts(self) -> Parts:
@@ -412,6 +415,7 @@ def _gradients(plan: Plan, around: Surroundings) -> Gradients:
         room=plan.estimate.gradient_bytes,
         progress=around.progress,
         place=plan.estimate.gradient_place if around.folder is not None else "host",
+        others=around.others,
     )
 
 

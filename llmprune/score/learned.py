@@ -1,4 +1,4 @@
-"""Scores of units that were trained: a gate between 0 and 1 for each."""
+"""Scores of units that were trained: the chance that each stays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmprune.score.members import Member, reader_of
 
 
 def gate(members: Sequence[Member], num_units: int, *, steps: float) -> Tensor:
-    """Return the gates of the units (U,), as they were learnt in so many steps. Reads `gate`.
+    """Return the chances of the units to stay (U,), learnt in so many steps. Reads `gate`.
 
     Source: Zhang et al., EcoDiff.
     """

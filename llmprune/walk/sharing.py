@@ -6,7 +6,7 @@ are no others, nothing is sent and nothing comes back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from llmprune.base.errors import LlmpruneError, LostProcess
 from llmprune.base.world import World
 
-Verb = Literal["embed", "observe", "solve", "advance", "result", "end"]
+Verb = Literal["gradients", "embed", "observe", "solve", "advance", "result", "end"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,26 +49,53 @@ class Others:
         Raises:
             LlmpruneError: another process could not carry it out; what it says.
         """
+        with self.alongside(verb, rest=take, **given):
+            yield
+
+    @contextmanager
+    def alongside(
+        self, verb: Verb, *, rest: Callable[[Any], None] = lambda piece: None, **given: Any
+    ) -> Iterator[Callable[[], list[Any]]]:
+        """Send an order and yield what returns the next piece of every other process, in order.
+
+        `rest` takes the pieces that the body has not.
+
+        Raises:
+            LlmpruneError: another process could not carry it out; what it says.
+        """
+        ended: set[int] = set()
         if self.world.size > 1:
             self.world.tell(Order(verb=verb, given=given))
+
+        def pieces() -> list[Any]:
+            found = []
+            for rank in range(1, self.world.size):
+                found.append(self.world.answer_of(rank))
+                if isinstance(found[-1], Done):
+                    ended.add(rank)
+                    raise found[-1].error or LostProcess(f"process {rank} has ended too early.")
+            return found
+
         try:
-            yield
+            yield pieces
         except LostProcess:
             raise
         except Exception:
             with suppress(LlmpruneError):  # the first fault is the one told
-                self._hear(lambda piece: None)
+                self._hear(lambda piece: None, ended)
             raise
-        self._hear(take)
+        self._hear(rest, ended)
 
     def ask(self, verb: Verb, **given: Any) -> None:
         """Send an order that this process has no part in."""
         with self.asked(verb, **given):
             pass
 
-    def _hear(self, take: Callable[[Any], None]) -> None:
+    def _hear(self, take: Callable[[Any], None], ended: Container[int]) -> None:
         fault: LlmpruneError | None = None
         for rank in range(1, self.world.size):
+            if rank in ended:
+                continue
             while not isinstance(piece := self.world.answer_of(rank), Done):
                 take(piece)
             fault = fault or piece.error

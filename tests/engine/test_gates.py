@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import llmprune
 from llmprune.base.progress import Progress
-from llmprune.engine.gates import Gated, _last_hidden, _penalty, _slopes, learn_gates
+from llmprune.engine.gates import Gated, _drawn, _last_hidden, _moved, _slopes, chance, learn_gates
 from llmprune.engine.sites import Group, groups_of
 from llmprune.mask.pattern import Units
 from llmprune.walk.resident import Resident, in_memory
@@ -78,13 +82,49 @@ def by_autograd(
     }
 
 
-def test_the_penalty_by_hand() -> None:
-    """Gates 1, 0 | 0.5 of costs 1 | 2: kept (1 + 1) / 4, mean gate 0.5."""
-    gates = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.5])}
-    apart = ((1 - 0.5) + (0 - 0.5) + (0.5 - 0.0)) / 3
-    assert float(_penalty(gates, {"a": 1, "b": 2}, 0.75)) == pytest.approx(
-        50 * 0.25**2 + 0.02 * apart
-    )
+def test_a_step_by_hand() -> None:
+    """Slopes 1 and -1 of equal cost have size 1; what is left is the shift that meets the goal."""
+    logit = torch.zeros(2, dtype=torch.float64)
+    direction = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    cost = torch.ones(2, dtype=torch.float64)
+    moved = _moved(logit, direction, cost, rate=0.5, kept=0.5)
+    assert float(moved[1] - moved[0]) == pytest.approx(1.0)
+    offset = 2 / 3 * math.log(0.1 / 1.1)
+    assert moved.tolist() == pytest.approx([offset - 0.5, offset + 0.5])
+
+
+@given(
+    st.lists(st.tuples(st.floats(-3, 3), st.integers(1, 64)), min_size=2, max_size=12),
+    st.floats(0.1, 0.9),
+)
+def test_after_every_step_what_is_expected_to_stay_is_the_goal(
+    units: list[tuple[float, int]], kept: float
+) -> None:
+    slope, cost = (torch.tensor(part, dtype=torch.float64) for part in zip(*units, strict=True))
+    moved = _moved(torch.full_like(slope, 2.5), slope, cost, rate=0.3, kept=kept)
+    assert float((cost * chance(moved)).sum() / cost.sum()) == pytest.approx(kept, abs=0.01)
+    for one, other in itertools.pairwise(slope.argsort().tolist()):
+        assert moved[one] >= moved[other]
+
+
+def test_draws_are_on_and_off_as_often_as_published() -> None:
+    """Of many draws, the share above 0 is the chance, and by symmetry that of 1 at the negative."""
+    logit = torch.full((200_000,), -0.4, dtype=torch.float64)
+    drawn = _drawn(logit, torch.Generator().manual_seed(3))
+    assert float((drawn > 0).double().mean()) == pytest.approx(float(chance(logit[0])), abs=0.01)
+    assert float((drawn < 1).double().mean()) == pytest.approx(float(chance(-logit[0])), abs=0.01)
+
+
+def test_gates_that_only_scale_are_told_from_gates_that_choose(
+    make_model: Callable[..., Any], tokens: torch.Tensor
+) -> None:
+    """Chances end apart, not all beside the share that is to stay."""
+    model = make_model("llama")
+    with in_memory(model) as blocks:
+        here = groups(blocks)
+        learnt = learn_gates(blocks, here, tokens, target=0.5, steps=40, progress=Progress("quiet"))
+        every = torch.cat([learnt(i)["mlp.down_proj"]["gate"] for i in range(len(blocks))])
+    assert float((every - 0.5).abs().mean()) > 0.2
 
 
 def test_units_that_do_nothing_are_let_go_of(

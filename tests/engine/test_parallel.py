@@ -26,13 +26,13 @@ from llmprune import Report, api, cli
 from llmprune.base.errors import LostProcess, NumericalError, RecipeError
 from llmprune.base.progress import Progress
 from llmprune.base.world import World, _packed, _unpacked
-from llmprune.engine import side_by_side
+from llmprune.engine import gradients, side_by_side
 from llmprune.engine.following import _Share, follow
 from llmprune.engine.opening import open_plan
 from llmprune.steps import run_streamed
 from llmprune.walk.forward import embed
 from llmprune.walk.observation import Sums, observe, watch_batches
-from llmprune.walk.sharing import await_end, leading
+from llmprune.walk.sharing import Others, await_end, leading
 
 NUM_SAMPLES = 5
 
@@ -101,6 +101,15 @@ def alone(recipe: Any) -> Any:
 
 def together(size: int, recipe: Any) -> None:
     """Prune among some threads that play processes."""
+    among(
+        size,
+        recipe,
+        lambda others: run_streamed(open_plan(recipe), Progress("quiet"), others=others),
+    )
+
+
+def among(size: int, recipe: Any, lead: Callable[[Others], Any]) -> None:
+    """Have some threads that play processes do what the first one, `lead`, tells them."""
     table, faults = Table(size), []
 
     def sit(rank: int) -> None:
@@ -116,7 +125,7 @@ def together(size: int, recipe: Any) -> None:
         for thread in threads:
             thread.start()
         with leading(Seat(rank=0, size=size, table=table)) as others:
-            run_streamed(open_plan(recipe), Progress("quiet"), others=others)
+            lead(others)
     for thread in threads:
         thread.join(timeout=60)
         assert not thread.is_alive()
@@ -215,6 +224,82 @@ def test_groups_solved_by_several_processes_are_those_that_one_solves(
     one, many = (Report.read(tmp_path / name).data["blocks"] for name in ("one", "many"))
     for before, after in zip(one, many, strict=True):
         assert before["sites"] == after["sites"] and before["spreads"] == after["spreads"]
+
+
+def test_gradients_of_several_processes_are_those_of_one_and_are_resumed(
+    pico: Any,
+    text_file: Path,
+    tokens: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of five sequences three processes take three, then two: the last one has none of those."""
+    monkeypatch.setattr(gradients, "sequences_at_once", lambda *given: 1)
+    recipe = wish_of(pico("llama"), text_file, tmp_path / "out", "gblm")
+    tokens_NT = tokens[:NUM_SAMPLES]
+
+    def take(folder: str, size: int = 3) -> gradients.Gradients:
+        opened, home = open_plan(recipe), tmp_path / folder
+        home.mkdir(exist_ok=True)
+        found: list[gradients.Gradients] = []
+
+        def lead(others: Others) -> None:
+            found.append(
+                gradients.take_gradients(
+                    opened.blocks,
+                    tokens_NT,
+                    ["grad_abs", "grad_sq"],
+                    folder=home,
+                    progress=Progress("quiet"),
+                    others=others,
+                )
+            )
+
+        among(size, recipe, lead)
+        return found[0]
+
+    one, three = take("one", 1), take("three")
+    for index in range(len(open_plan(recipe).blocks)):
+        for linear, stats in one.of(index).items():
+            assert three.of(index)[linear].num_sequences == NUM_SAMPLES
+            for name, value in stats.values.items():
+                torch.testing.assert_close(three.of(index)[linear][name], value)
+    kept: list[int] = []
+    keep = gradients.Gradients.keep
+
+    def keep_three(self: Any, index: int, stats: Any) -> None:
+        kept.append(index)
+        if len(kept) == 4:
+            raise NumericalError("stopped between two blocks of the second group")
+        keep(self, index, stats)
+
+    monkeypatch.setattr(gradients.Gradients, "keep", keep_three)
+    with pytest.raises(NumericalError, match="stopped"):
+        take("resumed")
+    take("resumed")
+    assert bytes_of(tmp_path / "resumed") == bytes_of(tmp_path / "three")
+
+
+@pytest.mark.parametrize("method", ["gblm", "llm-pruner"])
+def test_a_run_of_several_processes_by_gradients_is_near_that_of_one(
+    method: str, pico: Any, text_file: Path, tmp_path: Path, quick_gate: None
+) -> None:
+    wish = partial(wish_of, pico("llama"), text_file, method=method)
+    together(2, wish(out=tmp_path / "two"))
+    alone(wish(out=tmp_path / "one"))
+    assert_near(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two"))
+
+
+def test_a_fault_amid_gradients_ends_all(
+    pico: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_gate: None
+) -> None:
+    def broken(self: _Share, **given: Any) -> Any:
+        yield None
+        raise NumericalError(f"a gradient in process {self.world.rank}")
+
+    monkeypatch.setattr(_Share, "gradients", broken)
+    with pytest.raises(NumericalError, match="a gradient in process 1"):
+        together(3, wish_of(pico("llama"), text_file, tmp_path / "three", "gblm"))
 
 
 def test_a_fault_of_another_process_is_told_by_the_first_and_ends_all(
@@ -333,6 +418,7 @@ def all_of():
     report = api.run(plan, quiet=True)
     assert report.data["out"].endswith("wanda"), report
     prune("sparsegpt", "sparsegpt")
+    prune("gblm", "gblm")
     prune("wanda", "owl", "prune.allocation=owl")
 
 def dies():
@@ -394,6 +480,7 @@ def test_processes_write_the_bytes_of_one_and_resume_after_a_death(
         alone(wish(tmp_path / "wanda", "wanda"))
         alone(wish(tmp_path / "owl", "wanda", "prune.allocation=owl"))
         alone(wish(tmp_path / "sparsegpt", "sparsegpt"))
+        alone(wish(tmp_path / "gblm", "gblm"))
     finally:
         torch.set_num_threads(before)
     said, _ = running.communicate(timeout=300)
@@ -404,7 +491,8 @@ def test_processes_write_the_bytes_of_one_and_resume_after_a_death(
     assert bytes_of(tmp_path / "many" / "wanda") == expected
     assert bytes_of(tmp_path / "many" / "resumed") == expected
     assert bytes_of(tmp_path / "many" / "owl") == bytes_of(tmp_path / "owl")
-    assert_near(tensors_of(tmp_path / "many" / "sparsegpt"), tensors_of(tmp_path / "sparsegpt"))
+    for name in ("sparsegpt", "gblm"):
+        assert_near(tensors_of(tmp_path / "many" / name), tensors_of(tmp_path / name))
 
 
 def test_another_number_of_processes_does_not_resume(
