@@ -18,6 +18,7 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 LARGE_PIECE = 4 * 2**20
 MOST_MAPPED, TRIMMED = 65536, 128 * 2**10  # as glibc has them where nothing is said
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # glibc's numbers of options
+_ours: set[bool] = set()  # holds True once the allocator was told how to go about it
 BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -50,6 +51,7 @@ def map_large_pieces() -> None:
     """
     option = getattr(_libc(), "mallopt", None)
     if option is not None:
+        _ours.add(True)
         option(_M_MMAP_MAX, MOST_MAPPED)
         option(_M_TRIM_THRESHOLD, TRIMMED)
         option(_M_MMAP_THRESHOLD, LARGE_PIECE)
@@ -65,6 +67,23 @@ def keep_large_pieces() -> None:
     if option is not None:
         option(_M_MMAP_MAX, 0)
         option(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def keeping_pieces() -> Iterator[None]:
+    """Let a loop over micro-batches reuse what it frees; give it back at the end.
+
+    Does nothing where `map_large_pieces` has not been called: the allocator is the caller's then.
+    """
+    if not _ours:
+        yield
+        return
+    keep_large_pieces()
+    try:
+        yield
+    finally:
+        map_large_pieces()
+        return_freed()
 
 
 def return_freed() -> None:

@@ -375,7 +375,7 @@ class Cutter:
                 keep_OC &= kept_OC
             among = max(1, width // (JUDGED * step))
             if cols.start // step % among == 0:  # some questions show how scores are spread
-                judge(score_OC, keep_OC, first=cols.start == 0)
+                judge(score_OC, keep_OC, first=cols.start == 0, parts=min(JUDGED, width // step))
             return keep_OC
 
         return Choose(fn=choose, adaptive=True, columns=step)

@@ -29,9 +29,20 @@ class Spreads:
     scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     activations: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
-    def judge(self, linear: str, score_OC: Tensor, keep_OC: Tensor, *, first: bool = True) -> None:
-        """Count the scores of a linear, or of some of its columns; `first` forgets what was."""
-        step = max(1, -(-score_OC.numel() // SAMPLE))
+    def judge(
+        self,
+        linear: str,
+        score_OC: Tensor,
+        keep_OC: Tensor,
+        *,
+        first: bool = True,
+        parts: int = 1,
+    ) -> None:
+        """Count the scores of a linear, or of one of the parts that it comes in.
+
+        `first` forgets what was.
+        """
+        step = max(1, -(-score_OC.numel() * parts // SAMPLE))
         sample, keep = score_OC[::step].cpu(), keep_OC[::step].cpu()
         removed_E, kept_E = exponents_of(sample, keep)
         found = {"removed": removed_E, "kept": kept_E}

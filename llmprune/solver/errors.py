@@ -13,12 +13,14 @@ from torch import Tensor
 from llmprune.stats.precision import float32_products
 
 _PIECE = 2**24  # values of a change that are multiplied at a time
+_PANEL = 512  # columns of the Gram matrix at a time
 
 
 def row_errors(delta_OI: Tensor, gram_II: Tensor) -> Tensor:
     """Return the squared change of every output over all tokens, float64 (O,), never below 0.
 
-    That is the diagonal of D G D^T for a change D of the weights, 2 O I^2 operations, no forward.
+    That is the diagonal of D G D^T for a change D of the weights, O I^2 operations, no forward. Of
+    the symmetric matrix what lies above the diagonal is read; it counts twice.
 
     >>> row_errors(torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 1.0], [1.0, 3.0]]))
     tensor([3.], dtype=torch.float64)
@@ -29,8 +31,14 @@ def row_errors(delta_OI: Tensor, gram_II: Tensor) -> Tensor:
     with float32_products(gram_II.device):
         for part_OI in delta_OI.split(rows):
             part_OI = part_OI.to(torch.promote_types(part_OI.dtype, gram_II.dtype))
-            product_OI = (part_OI @ gram_II.to(part_OI.dtype)).mul_(part_OI)
-            found.append(product_OI.to(home).sum(dim=1, dtype=torch.float64))
+            error_O = torch.zeros(len(part_OI), dtype=torch.float64, device=home)
+            for start in range(0, len(gram_II), _PANEL):
+                cols = slice(start, start + _PANEL)
+                panel_IP = gram_II[: start + _PANEL, cols].to(part_OI.dtype)
+                product_OP = part_OI[:, cols] @ panel_IP[start:]
+                product_OP.addmm_(part_OI[:, :start], panel_IP[:start], alpha=2)
+                error_O += torch.linalg.vecdot(product_OP, part_OI[:, cols]).to(error_O)
+            found.append(error_O)
     return torch.cat(found).clamp_(min=0)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune.base.errors import NumericalError
+from llmprune.base.memory import keeping_pieces
 from llmprune.calibration.hidden import HiddenStates, Place
 from llmprune.calibration.replay import Arguments, call, capture, head, shared
 from llmprune.walk.block import Block, Blocks
@@ -105,6 +106,7 @@ def advance(
 
     with (
         torch.no_grad(),
+        keeping_pieces(),
         stream.others.asked("advance", index=block.index, stored=stored, values=block.values()),
     ):
         for batch, arguments in enumerate(stream.arguments):

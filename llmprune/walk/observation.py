@@ -16,6 +16,7 @@ import torch
 from llmprune.arch.anatomy import EXPERT, Anatomy
 from llmprune.arch.products import Products, slices
 from llmprune.base.errors import NumericalError, UnsupportedModel
+from llmprune.base.memory import keeping_pieces
 from llmprune.calibration.replay import call
 from llmprune.stats import STATISTICS
 from llmprune.stats.keeping import joined
@@ -210,7 +211,7 @@ def watch_batches(
     pointers = _pointers(block)
     found: tuple[Tensor, Counter[str], float] | None = None
     wanted = stream.arguments if needs or dense else stream.arguments[:1]
-    with torch.no_grad():
+    with torch.no_grad(), keeping_pieces():
         for batch, arguments in enumerate(wanted):
             hidden = stream.hidden.get(batch, block.device)
             before = None if dense or found is None else found[1]

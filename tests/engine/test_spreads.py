@@ -73,6 +73,10 @@ def test_of_a_large_linear_whole_rows_are_looked_at(monkeypatch: pytest.MonkeyPa
     found.judge("a", score_OI, score_OI > 4)
     expected = slow(score_OI[::3])
     assert counted(found.to_dict()["scores"]["a"], "kept") == expected - slow(score_OI[0])
+    found.judge("b", score_OI[:, :2], score_OI[:, :2] > 4, parts=2)
+    assert counted(found.to_dict()["scores"]["b"], "kept") == slow(score_OI[::3, :2]) - slow(
+        score_OI[0, :2]
+    )
 
 
 def test_a_run_counts_all_scores_and_channels(
