@@ -45,7 +45,7 @@ from llmprune.engine.opening import (
     read_tokenizer,
     storage_dtype,
 )
-from llmprune.engine.plan import sequence_length
+from llmprune.engine.planning import sequence_length
 from llmprune.evaluation.perplexity import loss_of_blocks, pose
 from llmprune.pages.analysis_result import Analysis
 from llmprune.recipe import build, default_steps

@@ -27,7 +27,7 @@ from llmprune.engine.opening import (
     read_tokenizer,
     storage_dtype,
 )
-from llmprune.engine.plan import sequence_length
+from llmprune.engine.planning import sequence_length
 from llmprune.evaluation.harness import check_fits, run_tasks
 from llmprune.evaluation.perplexity import Perplexity, loss_of_blocks, loss_of_model, pose
 from llmprune.evaluation.remembered import model_key, recall, remember, score_key, tasks_key

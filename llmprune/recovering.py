@@ -29,7 +29,7 @@ from llmprune.checkpoint.source import Source, check_free_space, open_folder, re
 from llmprune.delivery.gate import clean_scratch, gate_tokens, pass_gate
 from llmprune.engine.calibrating import leaked_share
 from llmprune.engine.opening import open_origin, read_tokenizer
-from llmprune.engine.plan import sequence_length
+from llmprune.engine.planning import sequence_length
 from llmprune.engine.records import OWN, Records, check_out, check_same_run
 from llmprune.evaluation.perplexity import Question
 from llmprune.pages.result import PAGE, write_last

@@ -19,9 +19,10 @@ from llmprune.engine.calibrating import calibration_windows, check_tokens
 from llmprune.engine.cutting import cut
 from llmprune.engine.gradients import check_backward
 from llmprune.engine.opening import anatomies_of, check_walk
-from llmprune.engine.plan import Plan, make_plan
+from llmprune.engine.outcome import Outcome
+from llmprune.engine.plan import Plan
+from llmprune.engine.planning import make_plan
 from llmprune.engine.rank_shipping import shipping_of
-from llmprune.engine.solving import Outcome
 from llmprune.engine.survey import Surroundings, before_the_cut
 from llmprune.report.run import Report, report_data
 from llmprune.walk.forward import Stream, embed

@@ -37,7 +37,7 @@ from llmprune.delivery import gate
 from llmprune.delivery import stock as stock_script
 from llmprune.delivery.agreement import Agreement
 from llmprune.delivery.copied_code import code_in_scratch
-from llmprune.engine import opening, pace, plan
+from llmprune.engine import opening, pace, planning
 from llmprune.evaluation import samples
 from llmprune.walk.streamed import Streamed, stream
 
@@ -200,7 +200,7 @@ def once() -> Iterator[None]:
         return drawn
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "measure_rate", cache(plan.measure_rate))
+        patch.setattr(planning, "measure_rate", cache(planning.measure_rate))
         for module in (opening, resident_steps, api):
             patch.setattr(module, "check_walk", check_once)
         patch.setattr(os, "fsync", lambda descriptor: None)

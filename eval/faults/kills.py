@@ -31,7 +31,7 @@ from eval.faults.children import Child, contents, in_child, warm, write_model, w
 TOUCHES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.copyfile", "os.chmod")
 MOST = 12  # kills of one run before it is left in peace
 PARTS = {
-    "plan": ("engine/opening.py", "engine/plan.py", "recovery/planning.py"),
+    "plan": ("engine/opening.py", "engine/planning.py", "recovery/planning.py"),
     "embed": ("walk/forward.py:embed_batches", "walk/forward.py:embed"),
     "observe": ("walk/observation.py",),
     "survey": ("engine/survey.py", "engine/spreads.py"),

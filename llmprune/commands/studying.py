@@ -165,7 +165,8 @@ def compare(
     adds to what is there. Where a pruning fails the others go on, and the exit code says so.
     """
     from llmprune.base.progress import Progress
-    from llmprune.comparing import default_folder, make_grid, preview, run_grid
+    from llmprune.comparing import default_folder, run_grid
+    from llmprune.comparison.previewing import make_grid, preview
 
     grid = make_grid(
         *(model, methods, sparsity, pattern),

@@ -18,10 +18,11 @@ from llmprune.base.memory import anonymous_bytes, return_freed
 from llmprune.base.progress import Progress
 from llmprune.base.timeline import Clock
 from llmprune.calibration.replay import call
+from llmprune.engine.outcome import Order, Outcome, follow
 from llmprune.engine.plan import Plan
 from llmprune.engine.shipping import gone_of, is_gone
 from llmprune.engine.side_by_side import cut_groups
-from llmprune.engine.solving import Cutter, Order, Outcome, follow
+from llmprune.engine.solving import Cutter
 from llmprune.engine.unit_survey import beside, routing_of
 from llmprune.mask.pattern import NofM, Units
 from llmprune.repair import REPAIRS

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmprune.arch.types import Site
+    from llmprune.engine.outcome import Outcome
     from llmprune.engine.plan import Plan
-    from llmprune.engine.solving import Cutter, Outcome
+    from llmprune.engine.solving import Cutter
 
 PLAIN = "its own singular values (no token reached it)"
 LEFT, RIGHT = "left.weight", "right.weight"

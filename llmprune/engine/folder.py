@@ -19,10 +19,10 @@ from llmprune.delivery.manifest import manifest_of
 from llmprune.delivery.masks import OWN, MaskFiles
 from llmprune.engine.budgets import budget_data
 from llmprune.engine.opening import Opened
+from llmprune.engine.outcome import Outcome
 from llmprune.engine.plan import Plan
 from llmprune.engine.reckoning import sizes_of_result
 from llmprune.engine.records import Records
-from llmprune.engine.solving import Outcome
 from llmprune.mask.packed import PackedMask
 from llmprune.recipe.models import EvaluateStep
 from llmprune.walk.rewriting import Rewriting, open_rewriting

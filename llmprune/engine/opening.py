@@ -20,7 +20,8 @@ from llmprune.delivery.masks import OWN
 from llmprune.engine.budgets import Budget
 from llmprune.engine.collected import read_collected
 from llmprune.engine.gradients import check_backward
-from llmprune.engine.plan import Plan, make_plan
+from llmprune.engine.plan import Plan
+from llmprune.engine.planning import make_plan
 from llmprune.engine.rank_shipping import check_no_masks, shipping_of
 from llmprune.engine.shapes import Anatomies
 from llmprune.engine.whole_shipping import ship_whole

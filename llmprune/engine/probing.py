@@ -22,7 +22,8 @@ from llmprune.allocation import ALLOCATIONS
 from llmprune.allocation.types import Candidate, Measured
 from llmprune.base.progress import Progress
 from llmprune.calibration.replay import call
-from llmprune.engine.solving import Cutter, Outcome
+from llmprune.engine.outcome import Outcome
+from llmprune.engine.solving import Cutter
 from llmprune.evaluation.divergence import distances
 from llmprune.mask.counts import round_half_up
 from llmprune.score.noise import seed_of

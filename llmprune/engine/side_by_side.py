@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llmprune.base.memory import LARGE_PIECE, return_freed
+from llmprune.engine.outcome import Outcome
 from llmprune.engine.sites import Group
-from llmprune.engine.solving import EMPTY, Cutter, Outcome
+from llmprune.engine.solving import EMPTY, Cutter
 from llmprune.mask.pattern import NofM, Unstructured
 from llmprune.stats.types import Stats
 from llmprune.walk.block import Block

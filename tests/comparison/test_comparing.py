@@ -13,10 +13,11 @@ import pytest
 from filelock import FileLock
 
 import llmprune
-from llmprune import cli, comparing, steps
+from llmprune import cli, steps
 from llmprune.base.errors import CheckpointError, RecipeError
 from llmprune.comparison import shared, working
 from llmprune.comparison.grid import grid_from
+from llmprune.comparison.previewing import make_grid
 from llmprune.comparison.result import Comparison
 from llmprune.engine import gradients
 
@@ -170,7 +171,7 @@ def test_a_fault_of_ours_is_kept_with_its_traceback(
         return 1 / 0
 
     monkeypatch.setattr(working, "prune_and_measure", divide)
-    grid = comparing.make_grid("demo", "wanda", 0.5)
+    grid = make_grid("demo", "wanda", 0.5)
     found = working.attempt(shared.Shared(tmp_path, grid), grid.cells[0], keep=False)
     assert found["error"]["code"] == 1
     assert found["error"]["message"].startswith("ZeroDivisionError")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llmprune.base.errors import RecipeError, UnknownName
-from llmprune.comparing import make_grid
 from llmprune.comparison.grid import Cell, Grid, grid_from, growth
+from llmprune.comparison.previewing import make_grid
 
 
 def test_a_grid_is_methods_by_amounts_by_seeds() -> None:

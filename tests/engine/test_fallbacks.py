@@ -14,8 +14,7 @@ from torch import Tensor
 
 from llmprune import api
 from llmprune.base.errors import RecipeError
-from llmprune.engine import cutting
-from llmprune.engine import plan as plan_module
+from llmprune.engine import cutting, planning
 from llmprune.engine.cost import Shape, estimate
 from llmprune.engine.folder import processor
 from llmprune.engine.opening import open_plan
@@ -56,7 +55,7 @@ def test_statistics_of_one_round_are_gone_before_the_next_begins(
 
     monkeypatch.setattr(cutting, "observe", watch)
     monkeypatch.setattr(
-        plan_module, "estimate", lambda *a, **k: replace(estimate(*a, **k), statistics_bytes=600)
+        planning, "estimate", lambda *a, **k: replace(estimate(*a, **k), statistics_bytes=600)
     )
     api.prune(make_model("llama"), method="sparsegpt", sparsity=0.5, calib=tokens, quiet=True)
     assert len(alive) >= 8 and set(alive) == {0}

@@ -17,7 +17,7 @@ from llmprune import api
 from llmprune.base.errors import CheckpointError, TooLarge
 from llmprune.base.timeline import Timeline
 from llmprune.checkpoint.source import SINGLE
-from llmprune.engine import plan as planning
+from llmprune.engine import planning
 from llmprune.engine.cost import Estimate, Shape, estimate
 from llmprune.engine.records import Records
 from llmprune.recipe import build

@@ -270,7 +270,7 @@ def test_plans_say_the_same_for_a_model_in_memory(
     make: MakePlan, make_model: Callable[..., Any], model_type: str
 ) -> None:
     from llmprune.engine.opening import anatomies_of
-    from llmprune.engine.plan import make_plan
+    from llmprune.engine.planning import make_plan
     from llmprune.walk.resident import in_memory
 
     plan, model = make(model_type), make_model(model_type)

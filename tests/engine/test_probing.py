@@ -20,8 +20,7 @@ from llmprune import api
 from llmprune.allocation.types import Candidate, Measured
 from llmprune.base.progress import Progress
 from llmprune.delivery.masks import MaskFiles
-from llmprune.engine import plan as plan_module
-from llmprune.engine import probing
+from llmprune.engine import planning, probing
 from llmprune.engine import survey as surveying
 from llmprune.engine.opening import open_plan
 from llmprune.engine.probing import Prober
@@ -436,9 +435,9 @@ def test_a_block_is_profiled_whole_however_little_room_there_is(
         return profile(plan, row, evidence)
 
     monkeypatch.setattr(surveying, "_profile", noted)
-    estimate = plan_module.estimate
+    estimate = planning.estimate
     monkeypatch.setattr(
-        plan_module, "estimate", lambda *a, **k: replace(estimate(*a, **k), statistics_bytes=600)
+        planning, "estimate", lambda *a, **k: replace(estimate(*a, **k), statistics_bytes=600)
     )
     settings = ["prune.allocation=owl"]
     assert prune(make_model("llama"), settings=settings).data["verdict"] is not None

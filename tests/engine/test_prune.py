@@ -20,8 +20,7 @@ from llmprune import api
 from llmprune.base.errors import NumericalError, RecipeError
 from llmprune.checkpoint.source import SINGLE
 from llmprune.delivery.masks import MaskFiles
-from llmprune.engine import cutting
-from llmprune.engine import plan as plan_module
+from llmprune.engine import cutting, planning
 from llmprune.mask.packed import unpack
 from llmprune.report.run import Report
 from llmprune.walk.streamed import Streamed
@@ -314,16 +313,16 @@ def test_hidden_states_on_disk_change_nothing_and_leave_nothing(
     pico: Pico, prune: Prune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = prune(pico("llama"), "host").out
-    from llmprune.engine import plan as plan_module
+    from llmprune.engine import planning
 
-    estimate = plan_module.estimate
+    estimate = planning.estimate
 
     def on_disk(*args: Any, **kwargs: Any) -> Any:
         from dataclasses import replace
 
         return replace(estimate(*args, **kwargs), place="disk")
 
-    monkeypatch.setattr(plan_module, "estimate", on_disk)
+    monkeypatch.setattr(planning, "estimate", on_disk)
     disk = prune(pico("llama"), "disk").out
     assert host is not None and disk is not None
     one, two = tensors_of(host), tensors_of(disk)
@@ -592,10 +591,10 @@ def test_a_block_observed_in_rounds_gives_the_same_bytes(
         seen.append(set(needs))
         return observe(block, stream, needs, dense=dense)
 
-    estimate = plan_module.estimate
+    estimate = planning.estimate
     monkeypatch.setattr(cutting, "observe", count)
     monkeypatch.setattr(
-        plan_module, "estimate", lambda *a, **k: replace(estimate(*a, **k), statistics_bytes=600)
+        planning, "estimate", lambda *a, **k: replace(estimate(*a, **k), statistics_bytes=600)
     )
     parts = prune(pico("mixtral"), "rounds").out
     assert whole is not None and parts is not None

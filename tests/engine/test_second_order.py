@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from llmprune import api
 from llmprune.checkpoint.source import SINGLE
 from llmprune.delivery.masks import MaskFiles
-from llmprune.engine import cutting, solving
-from llmprune.engine import plan as plan_module
+from llmprune.engine import cutting, planning, solving
 from llmprune.mask.packed import unpack
 from llmprune.report.run import Report
 from llmprune.solver.factor import Factor
@@ -327,7 +326,7 @@ def test_a_block_observed_in_rounds_gives_the_same_bits(
     whole, parts = make_model(model_type), make_model(model_type)
     prune(whole, method="sparsegpt")
     seen: list[int] = []
-    observe, estimate = cutting.observe, plan_module.estimate
+    observe, estimate = cutting.observe, planning.estimate
 
     def count(block: Any, stream: Any, needs: Any, *, dense: bool) -> Any:
         seen.append(len(needs))
@@ -335,7 +334,7 @@ def test_a_block_observed_in_rounds_gives_the_same_bits(
 
     monkeypatch.setattr(cutting, "observe", count)
     monkeypatch.setattr(
-        plan_module, "estimate", lambda *a, **k: replace(estimate(*a, **k), statistics_bytes=600)
+        planning, "estimate", lambda *a, **k: replace(estimate(*a, **k), statistics_bytes=600)
     )
     prune(parts, method="sparsegpt")
     assert set(seen) == {1} and len(seen) >= 8

@@ -17,8 +17,7 @@ from torch import Tensor
 from llmprune import api, cli
 from llmprune.allocation.types import Candidate, Measured
 from llmprune.base.errors import RecipeError
-from llmprune.engine import cutting
-from llmprune.engine import plan as plan_module
+from llmprune.engine import cutting, planning
 from llmprune.engine.probing import Prober
 from llmprune.engine.target import ROUNDS, SPLITS
 from llmprune.report.run import Report
@@ -175,9 +174,9 @@ def test_hidden_states_on_disk_find_the_same(
     pico: Pico, prune: Prune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = prune(pico("llama", tied=False), "host", method="sparsegpt")
-    decide = plan_module.estimate
+    decide = planning.estimate
     monkeypatch.setattr(
-        plan_module, "estimate", lambda *a, **k: replace(decide(*a, **k), place="disk")
+        planning, "estimate", lambda *a, **k: replace(decide(*a, **k), place="disk")
     )
     disk = prune(pico("llama", tied=False), "disk", method="sparsegpt")
     assert target_of(disk) == target_of(host)

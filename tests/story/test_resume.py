@@ -26,8 +26,7 @@ import llmprune.walk.rewriting
 from llmprune import api, cli
 from llmprune.base.errors import NumericalError
 from llmprune.checkpoint import sink
-from llmprune.engine import cost, cutting, gradients, records
-from llmprune.engine import plan as planning
+from llmprune.engine import cost, cutting, gradients, planning, records
 from llmprune.engine.probing import Prober
 from llmprune.engine.solving import Cutter
 from llmprune.repair import halves
