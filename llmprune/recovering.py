@@ -13,12 +13,7 @@ import torch
 from llmprune import __version__
 from llmprune.asking import perplexities, question_for, samples_of
 from llmprune.base.errors import LlmpruneError, NumericalError
-from llmprune.base.memory import (
-    anonymous_bytes,
-    keep_large_pieces,
-    map_large_pieces,
-    return_freed,
-)
+from llmprune.base.memory import anonymous_bytes, keeping_pieces, map_large_pieces
 from llmprune.base.progress import Progress
 from llmprune.base.timeline import timed
 from llmprune.base.world import open_world
@@ -199,11 +194,9 @@ def _carry_out(
             fill_teacher(plan, examples, _teacher(records), progress)
     with timed(seconds, "load"):
         student = open_student(plan, examples, accelerator.device)
-    keep_large_pieces()
-    with timed(seconds, "train"):
-        history = _train(plan, student, examples, records, progress, accelerator)
     map_large_pieces()
-    return_freed()
+    with timed(seconds, "train"), keeping_pieces():
+        history = _train(plan, student, examples, records, progress, accelerator)
     with timed(seconds, "merge"):
         hashes, merge = _merge(plan, student, records)
     progress.event("merged", **asdict(merge))

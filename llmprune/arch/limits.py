@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmprune.base.errors import RecipeError
+
 KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -32,3 +34,22 @@ def longest_sequence(config: Any) -> int | None:
     if getattr(text, "type_vocab_size", None):
         found -= (getattr(text, "pad_token_id", None) or 0) + 1
     return int(found)
+
+
+def window_length(asked: int | None, config: Any, *, usual: int, key: str) -> int:
+    """Return the tokens of a window: as asked, or `usual`, and no more than the model takes.
+
+    `key` is that of the recipe which asked.
+
+    Raises:
+        RecipeError: longer than the model's maximum.
+    """
+    most = longest_sequence(config)
+    if asked is None:
+        return min(usual, most or usual)
+    if most and asked > most:
+        raise RecipeError(
+            f"{key}: {asked} is longer than the {most} tokens that this model takes. Type "
+            f"--seq-len {most} or less."
+        )
+    return asked

@@ -57,28 +57,20 @@ def map_large_pieces() -> None:
         option(_M_MMAP_THRESHOLD, LARGE_PIECE)
 
 
-def keep_large_pieces() -> None:
-    """Let the allocator keep what is freed, for a loop that asks for the same sizes again.
-
-    Mapped pieces come back as fresh pages that the system fills with zeros, which takes a sixth of
-    a training step. A setting of the whole process, as `map_large_pieces` is.
-    """
-    option = getattr(_libc(), "mallopt", None)
-    if option is not None:
-        option(_M_MMAP_MAX, 0)
-        option(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 @contextmanager
 def keeping_pieces() -> Iterator[None]:
-    """Let a loop over micro-batches reuse what it frees; give it back at the end.
+    """Let a loop that asks for the same sizes again reuse what it frees; give it back at the end.
 
-    Does nothing where `map_large_pieces` has not been called: the allocator is the caller's then.
+    Mapped pieces come back as fresh pages that the system fills with zeros, which takes a sixth of
+    a training step. Does nothing where `map_large_pieces` has not been called: the allocator is the
+    caller's then.
     """
-    if not _ours:
+    option = getattr(_libc(), "mallopt", None)
+    if option is None or not _ours:
         yield
         return
-    keep_large_pieces()
+    option(_M_MMAP_MAX, 0)
+    option(_M_TRIM_THRESHOLD, 2**31 - 1)
     try:
         yield
     finally:

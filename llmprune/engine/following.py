@@ -80,12 +80,11 @@ class _Share:
         self.close()
         torch.set_num_threads(threads)
         batches = tokens_NT.split(micro_batch)
-        home = self._own(folder)
         self.stream = embed_batches(
             self.opened.blocks,
             batches[self.world.share(len(batches))],
             place=place,
-            folder=home,
+            folder=self._own(folder),
         )
         return ()
 
@@ -104,18 +103,16 @@ class _Share:
         self.close()
         torch.set_num_threads(threads)
         mine_NT = tokens_NT[self.world.share(len(tokens_NT))]
-        if len(mine_NT):
-            blocks = self.opened.blocks
-            home = self._own(folder)
-            yield from (
-                stats
-                for _, stats in backward_survey(
-                    blocks, mine_NT, needs, linears.__getitem__, place=place, folder=home
-                )
-            )
-        else:
+        if not len(mine_NT):
             lowest = min(index for index, names in enumerate(linears) if names)
-            yield from (None for _ in range(lowest, len(linears)))
+            yield from [None] * (len(linears) - lowest)
+            return
+        for _, stats in backward_survey(
+            *(self.opened.blocks, mine_NT, needs, linears.__getitem__),
+            place=place,
+            folder=self._own(folder),
+        ):
+            yield stats
 
     def observe(
         self, index: int, needs: Mapping[str, tuple[str, ...]], dense: bool

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmprune.arch.couplings import EXPERT_CHANNELS, EXPERTS
-from llmprune.arch.limits import longest_sequence
+from llmprune.arch.limits import window_length
 from llmprune.base.errors import RecipeError
 from llmprune.base.world import num_processes
 from llmprune.catalog import Method
@@ -351,16 +351,8 @@ def sequence_length(recipe: Recipe, config: Any) -> int:
     Raises:
         RecipeError: longer than the model's maximum.
     """
-    most = longest_sequence(config)
     asked = recipe.calibration.seq_len
-    if asked is None:
-        return min(MAX_SEQ_LEN, most or MAX_SEQ_LEN)
-    if most and asked > most:
-        raise RecipeError(
-            f"calibration.seq_len: {asked} is longer than the {most} tokens that this model takes. "
-            f"Type --seq-len {most} or less."
-        )
-    return asked
+    return window_length(asked, config, usual=MAX_SEQ_LEN, key="calibration.seq_len")
 
 
 def _notes(

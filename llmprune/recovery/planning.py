@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmprune.arch.limits import longest_sequence
+from llmprune.arch.limits import window_length
 from llmprune.base.errors import CheckpointError, RecipeError
 from llmprune.base.markup import html_facts
 from llmprune.base.progress import human_bytes, human_count
@@ -165,7 +165,8 @@ def open_recovery(recipe: Recipe, *, num_processes: int = 1) -> RecoverPlan:
             f"recover.{'rank' if wish.rank else 'alpha'}: {name} has no adapters, so it has no "
             "rank. Leave it out, or type --method mask-lora."
         )
-    seq_len = _seq_len(wish, recipe, blocks.model.config)
+    asked = wish.seq_len or recipe.calibration.seq_len
+    seq_len = window_length(asked, blocks.model.config, usual=MOST_TOKENS, key="recover.seq_len")
     rank, norms = wish.rank or row.rank, wish.norms
     norms = "norms" in row.trains if norms is None else norms
     dtype = _dtype(recipe, row, stored, device)
@@ -311,24 +312,6 @@ def _dtype(recipe: Recipe, row: Recovery, stored: torch.dtype, device: torch.dev
         return found
     whole = device.type == "cpu" or "weights" in row.trains or stored == torch.float16
     return torch.float32 if whole else stored
-
-
-def _seq_len(wish: RecoverStep, recipe: Recipe, config: Any) -> int:
-    """Return the tokens of a window.
-
-    Raises:
-        RecipeError: longer than the model's maximum.
-    """
-    most = longest_sequence(config)
-    asked = wish.seq_len or recipe.calibration.seq_len
-    if asked is None:
-        return min(MOST_TOKENS, most or MOST_TOKENS)
-    if most and asked > most:
-        raise RecipeError(
-            f"recover.seq_len: {asked} is longer than the {most} tokens that this model takes. "
-            f"Type --seq-len {most} or less."
-        )
-    return asked
 
 
 def _course(wish: RecoverStep, row: Recovery, seq_len: int, num_processes: int) -> Course:

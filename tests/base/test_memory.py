@@ -51,8 +51,10 @@ def test_an_allocator_of_somebody_else_is_left_alone(libc: Libc) -> None:
 
 def test_a_library_without_such_options_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     other: Any = object()
+    ours: set[bool] = set()
     monkeypatch.setattr(memory, "_libc", lambda: other)
-    monkeypatch.setattr(memory, "_ours", set())
+    monkeypatch.setattr(memory, "_ours", ours)
     memory.map_large_pieces()
     with memory.keeping_pieces():
         memory.return_freed()
+    assert not ours
