@@ -20,7 +20,8 @@ from llmprune.stats.precision import float32_products
 from llmprune.stats.types import Stats
 
 _BLOCK = 128  # columns after which all that follow are updated
-_STRIP = 32  # columns within a block that are brought up to date together
+_STRIPS = (64, 16)  # columns within a block that are brought up to date together
+_COPIED = 64  # columns transposed at a time: what is read stays in the cache
 
 
 def sweep_columns(
@@ -60,7 +61,7 @@ def solve_columns(
     dead = found.dead_I.nonzero().flatten()
     solved = {}
     for name, (weight_IO, keep_IO) in sweep.results():
-        weight_OI, keep_OI = weight_IO.T.contiguous(), keep_IO.T.contiguous()
+        weight_OI, keep_OI = _transposed(weight_IO), _transposed(keep_IO)
         if len(dead):
             weight_OI[:, dead] = masked(weights[name][:, dead].to(weight_OI), keep_OI[:, dead])
         solved[name] = Solved(weight_OI, keep_OI, facts)
@@ -134,9 +135,9 @@ class _Sweep:
         for name, weight_OI in weights.items():
             rows[name] = slice(start, start + len(weight_OI))
             start += len(weight_OI)
-            weight_IR[:, rows[name]] = weight_OI.T
+            _copy(weight_OI.T, weight_IR[:, rows[name]])
             if not chooses[name].adaptive:
-                keep_IR[:, rows[name]] = chooses[name].whole(weight_OI).T
+                _copy(chooses[name].whole(weight_OI).T, keep_IR[:, rows[name]])
         weight_IR.masked_fill_(dead_I[:, None], 0)
         widths = _widths(chooses)
         return cls(
@@ -223,10 +224,23 @@ def _widths(chooses: Mapping[str, Choose]) -> tuple[int, ...]:
     """
     asked = {choose.columns for choose in chooses.values() if choose.adaptive}
     if not asked:
-        return (_BLOCK, _STRIP)
+        return (_BLOCK, *_STRIPS)
     if len(asked) > 1:
         raise ValueError(f"masks of one tap are asked for {sorted(asked)} columns at a time")
     (columns,) = asked
-    block = columns * max(1, round(_BLOCK / columns))
-    strip = columns * round(_STRIP / columns) if columns < _STRIP else _STRIP
-    return tuple(sorted({block, strip, columns}, reverse=True))
+    wider = {columns * max(1, round(size / columns)) for size in (_BLOCK, *_STRIPS)}
+    narrower = {size for size in _STRIPS if size < columns}
+    return tuple(sorted({columns, *wider, *narrower}, reverse=True))
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    """Return the transpose as a matrix of its own."""
+    turned = matrix.new_empty(matrix.shape[::-1])
+    _copy(matrix.T, turned)
+    return turned
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    """Copy a transposed matrix, two to four times faster than at once on the host."""
+    for read, written in zip(source.split(_COPIED, 1), target.split(_COPIED, 1), strict=True):
+        written.copy_(read)

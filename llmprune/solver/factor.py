@@ -119,8 +119,7 @@ def _inverse_factor(gram_II: Tensor, added_I: Tensor, dtype: torch.dtype) -> Ten
     Three matrices of this size at most are alive: the one given and two more.
     """
     home = torch.device("cpu") if gram_II.device.type == "mps" else gram_II.device
-    damped_II = torch.lerp(gram_II, gram_II.T, 0.5)
-    damped_II = damped_II.to(home, dtype).flip(0, 1)
+    damped_II = gram_II.to(home, dtype).flip(0, 1)
     damped_II.diagonal().add_(added_I.to(home, dtype).flip(0))
     lower_II, info = torch.linalg.cholesky_ex(damped_II)
     del damped_II

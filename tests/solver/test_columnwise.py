@@ -128,9 +128,9 @@ def test_masks_are_chosen_on_the_weights_as_they_are_then(pattern: Pattern, colu
 def test_updates_may_wait(pattern: Pattern, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, gram = problem(6, 60)
     whole = sweep(weight, gram, obs(pattern, columns))
-    for block, strip in ((8, 8), (8, 4), (24, 8), (24, 5), (48, 1)):
+    for block, *strips in ((8, 8), (8, 4), (24, 8), (24, 5), (48, 1), (24, 12, 5), (48, 9, 7, 2)):
         monkeypatch.setattr("llmprune.solver.columnwise._BLOCK", block)
-        monkeypatch.setattr("llmprune.solver.columnwise._STRIP", strip)
+        monkeypatch.setattr("llmprune.solver.columnwise._STRIPS", tuple(strips))
         solved = sweep(weight, gram, obs(pattern, columns))
         assert torch.equal(solved.keep_OI, whole.keep_OI)
         torch.testing.assert_close(solved.weight_OI, whole.weight_OI, rtol=1e-9, atol=1e-9)
