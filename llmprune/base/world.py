@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 from llmprune.base.errors import LostProcess, first_line
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 PATIENCE = timedelta(hours=24)  # a survey on the first process may take long, not for ever
 PIECE = 2**30  # bytes of a message that are sent at a time
+LARGE = 2**16  # bytes from which a tensor is sent as it lies in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +58,7 @@ class World:
         import torch.distributed as dist
 
         if self.size > 1:
-            with _reached():
-                data = _packed(message)
-                dist.broadcast(_length(data), 0, group=self.group)
-                self._spread(data)
+            _send(message, lambda part: dist.broadcast(part, 0, group=self.group))
 
     def told(self) -> Any:
         """Wait for what the first process tells.
@@ -66,15 +66,9 @@ class World:
         Raises:
             LostProcess: it has ended.
         """
-        import torch
         import torch.distributed as dist
 
-        with _reached():
-            length = torch.zeros(1, dtype=torch.int64)
-            dist.broadcast(length, 0, group=self.group)
-            data = torch.empty(int(length), dtype=torch.uint8)
-            self._spread(data)
-        return _unpacked(data)
+        return _receive(lambda part: dist.broadcast(part, 0, group=self.group))
 
     def answer(self, message: Any) -> None:
         """Send what can be pickled to the first process, which must ask for it.
@@ -92,11 +86,7 @@ class World:
         """
         import torch.distributed as dist
 
-        with _reached():
-            data = _packed(message)
-            dist.send(_length(data), rank, group=self.group)
-            for part in data.split(PIECE):
-                dist.send(part, rank, group=self.group)
+        _send(message, lambda part: dist.send(part, rank, group=self.group))
 
     def sent(self) -> Any:
         """Wait for what the first process sends to this one alone.
@@ -112,23 +102,9 @@ class World:
         Raises:
             LostProcess: it has ended.
         """
-        import torch
         import torch.distributed as dist
 
-        with _reached():
-            length = torch.zeros(1, dtype=torch.int64)
-            dist.recv(length, rank, group=self.group)
-            data = torch.empty(int(length), dtype=torch.uint8)
-            for part in data.split(PIECE):
-                dist.recv(part, rank, group=self.group)
-        return _unpacked(data)
-
-    def _spread(self, data: Tensor) -> None:
-        """Send bytes from the first process to all others, in place."""
-        import torch.distributed as dist
-
-        for part in data.split(PIECE):
-            dist.broadcast(part, 0, group=self.group)
+        return _receive(lambda part: dist.recv(part, rank, group=self.group))
 
 
 def open_world(*, cpu: bool) -> World:
@@ -177,23 +153,76 @@ def _reached() -> Iterator[None]:
         ) from error
 
 
-def _packed(message: Any) -> Tensor:
-    """Return a message as bytes, a tensor on the host."""
+def _send(message: Any, passed: Callable[[Tensor], Any]) -> None:
+    """Send a message part by part: how many there are, their sizes, then what they hold."""
     import torch
+
+    with _reached():
+        parts = _packed(message)
+        passed(torch.tensor([len(parts)]))
+        passed(torch.tensor([len(part) for part in parts]))
+        for part in parts:
+            for piece in part.split(PIECE):
+                passed(piece)
+
+
+def _receive(filled: Callable[[Tensor], Any]) -> Any:
+    """Return the message that `_send` sends; `filled` waits for what goes into a tensor."""
+    import torch
+
+    with _reached():
+        count = torch.zeros(1, dtype=torch.int64)
+        filled(count)
+        sizes = torch.zeros(int(count), dtype=torch.int64)
+        filled(sizes)
+        parts = [torch.empty(size, dtype=torch.uint8) for size in sizes.tolist()]
+        for part in parts:
+            for piece in part.split(PIECE):
+                filled(piece)
+    return _unpacked(parts)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors as the bytes that they are, wherever they lie."""
+
+    def reducer_override(self, value: Any) -> Any:
+        import torch
+
+        if not isinstance(value, torch.Tensor):
+            return NotImplemented
+        flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        held: Any = flat.numpy()
+        return _tensor, (pickle.PickleBuffer(held), value.dtype, tuple(value.shape))
+
+
+def _packed(message: Any) -> list[Tensor]:
+    """Return a message as bytes on the host: what is pickled, then large tensors, not copied."""
+    import torch
+
+    parts: list[Tensor] = []
+
+    def is_small(data: pickle.PickleBuffer) -> bool:
+        held = data.raw()
+        if held.nbytes >= LARGE:
+            parts.append(torch.frombuffer(held, dtype=torch.uint8))
+        return held.nbytes < LARGE
 
     buffer = io.BytesIO()
-    torch.save(message, buffer)
-    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    _Pickler(buffer, protocol=5, buffer_callback=is_small).dump(message)
+    return [torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8), *parts]
 
 
-def _unpacked(data: Tensor) -> Any:
-    """Return the message that bytes hold; they came from a process of the same run."""
+def _unpacked(parts: Sequence[Tensor]) -> Any:
+    """Return the message that parts hold; they came from a process of the same run."""
+    held: list[Any] = [part.numpy() for part in parts]
+    return pickle.loads(held[0], buffers=held[1:])
+
+
+def _tensor(data: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Return the tensor that bytes hold; it shares their memory where that may be written to."""
     import torch
 
-    return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=False)
-
-
-def _length(data: Tensor) -> Tensor:
-    import torch
-
-    return torch.tensor([len(data)])
+    held = bytearray(data) if isinstance(data, bytes) else data
+    if not len(held):
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(held, dtype=dtype).reshape(shape)

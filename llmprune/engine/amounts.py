@@ -201,7 +201,7 @@ def survey_cost(
     row = ALLOCATIONS[allocation]
     profile = row.profile if awaited else None
     searches = step.target is not None and "ppl" in step.target
-    if not awaited and not parts.backward and not searches:
+    if not (awaited or parts.backward or parts.gates or searches):
         return None
     ranked = profile is not None and profile.ranked
     plain = profile is not None and profile.normalise is None and not isinstance(pattern, Tiles)
@@ -221,6 +221,7 @@ def survey_cost(
         rounds=tuple(rounds),
         target=searches,
         moments=len(parts.backward),
+        steps=parts.gates,
     )
 
 
@@ -232,19 +233,22 @@ def _num_classes(profile: Profile | None, sites: Sequence[Site]) -> int:
 
 
 def check_reads(step: PruneStep, allocation: str, cost: Estimate) -> None:
-    """Check that a survey does not read the checkpoint more often than it may.
+    """Check that an allocation does not read the checkpoint more often than it may.
+
+    Steps that train gates do not count: the recipe says how many there are.
 
     Raises:
         RecipeError: it would; says how often.
     """
-    if cost.num_reads > step.max_reads:
+    num_reads = cost.num_reads - cost.gate_reads
+    if num_reads > step.max_reads:
         given = options_for(step.options, ALLOCATIONS[allocation].options)
         rounds = int(given.get("generations", 0)) // 2
         lower = f"--set prune.options.generations={rounds} reads it less; " if rounds else ""
         raise RecipeError(
-            f"prune.allocation: {allocation} would read the checkpoint {cost.num_reads:,} times, "
+            f"prune.allocation: {allocation} would read the checkpoint {num_reads:,} times, "
             f"once per walk, where {step.max_reads} are allowed. {lower}"
-            f"--set prune.max_reads={cost.num_reads} allows it."
+            f"--set prune.max_reads={num_reads} allows it."
         )
 
 

@@ -34,7 +34,7 @@ from llmprune.calibration.written import keep_text, kept_text, text_key
 from llmprune.checkpoint.sink import write_tensors
 from llmprune.engine.opening import Opened, read_tokenizer
 from llmprune.engine.plan import Plan
-from llmprune.engine.plan_table import writing_text
+from llmprune.engine.plan_cost import writing_text
 from llmprune.engine.records import Records
 from llmprune.evaluation.remembered import model_key
 from llmprune.evaluation.tasks import hushed

@@ -14,6 +14,7 @@ from llmprune.allocation.threshold import BYTES_PER_BIN, TYPICAL_BINS
 from llmprune.base.errors import RecipeError, TooLarge
 from llmprune.base.memory import anonymous_bytes, parse_size
 from llmprune.calibration.hidden import Place
+from llmprune.engine.gates import AT_ONCE
 from llmprune.walk.forward import LOGITS
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Survey:
     A ranked linear leaves a histogram until all are seen. `rounds` are the candidates of every
     round of probing, `moments` the values per weight that a backward survey collects. With `target`
     candidates are walked on the text of the evaluation, and what cuts them is learnt in every walk.
+    `steps` are those that gates of units are trained in.
     """
 
     num_reads: int
@@ -63,6 +65,7 @@ class Survey:
     rounds: tuple[int, ...] = ()
     target: bool = False
     moments: int = 0
+    steps: int = 0
 
     @property
     def held_bytes(self) -> int:
@@ -95,6 +98,7 @@ class Estimate:
     num_candidates: int = 0
     gradient_bytes: int = 0
     gradient_place: Place = "host"
+    gate_reads: int = 0
     overlaps: bool = True
 
 
@@ -155,9 +159,11 @@ def estimate(
     saved = hidden // streams * (shape.num_blocks + 1) if survey.moments else 0
     groups = 1 if saved < host_budget // 2 else -(-saved // TAPE)
     walks = search.num_walks + (2 * groups if survey.moments else 0)
+    gates = plan_gates(shape, survey.steps, num_samples, seq_len, itemsize, graph)
     working = max(
         block + held + seen + max(activations, deciding + solving, deciding + shape.largest_shard),
         backward,
+        gates.num_bytes,
         block
         + search.num_bytes
         + activations
@@ -185,19 +191,21 @@ def estimate(
     spill: Place = "host" if host + saved < host_budget else "disk"
     tape = saved if spill == "host" else 0  # before hidden states of the cut are there
     host = max(host, base + (backward if on_host else 0) + tape)
+    host = max(host, base + (gates.num_bytes if on_host else 0) + gates.held_bytes)
     _check("cpu", host, host_budget)
     if not on_host:
         _check(str(device), on_device, device_budget)
     gate_disk = converted_params * 4  # tensors that change shape on load are laid out anew
     flops = 2 * shape.linear_params * shape.num_blocks
     tokens = num_samples * seq_len if forward else 0
-    reads = survey.num_reads + walks
+    reads = survey.num_reads + walks + gates.num_walks
     passing = 1.85 * flops * tokens / rate if survey.forward else 0.0
     head = 2 * shape.exit_params
     probing = sum(survey.rounds) * probed * (flops + head) / rate
     probing += walks * passing if survey.target else 0.0
     surveying = survey.num_reads * passing + probing
     surveying += 4 * flops * tokens / rate if survey.moments else 0.0
+    surveying += gates.flops / rate
     saved = saved if spill == "host" else min(saved, TAPE)
     return Estimate(
         micro_batch=micro,
@@ -221,6 +229,7 @@ def estimate(
         num_candidates=sum(survey.rounds),
         gradient_bytes=saved,
         gradient_place=spill,
+        gate_reads=gates.num_walks,
         overlaps=overlaps,
     )
 
@@ -240,6 +249,42 @@ def plan_search(survey: Survey, state_bytes: int, budget: int) -> Search:
     at_once = max(1, min(most, max(PROBE_ROOM, budget // 8) // max(1, state_bytes)))
     walks = sum(-(-num // at_once) for num in survey.rounds)
     return Search(at_once, walks, 2 * (at_once + 1) * state_bytes if most else 0)
+
+
+class GateCost(NamedTuple):
+    """What training gates costs: walks over the checkpoint, operations, bytes while a block or the
+    head is differentiated, and those of hidden states, which are on the host."""
+
+    num_walks: int
+    flops: float
+    num_bytes: int
+    held_bytes: int
+
+
+def plan_gates(
+    shape: Shape, steps: int, num_samples: int, seq_len: int, itemsize: int, graph: int
+) -> GateCost:
+    """Return what so many steps cost; `graph` are the bytes that a block's forward keeps.
+
+    A step walks forward, and back: a block's forward again, its gradient by what it was given, and
+    by the linears that read units, about half of it. The dense model's last hidden states of all
+    sequences are kept.
+    """
+    if not steps:
+        return GateCost(0, 0.0, 0, 0)
+    num_batches = min(steps, -(-num_samples // AT_ONCE))
+    tokens = min(AT_ONCE, num_samples) * seq_len
+    body, head = 2 * shape.linear_params * shape.num_blocks, 2 * shape.exit_params
+    logits = min(LOGITS, seq_len * shape.vocab_size)
+    return GateCost(
+        num_walks=2 * steps + num_batches,
+        flops=tokens * (steps * (3.5 * body + 3 * head) + num_batches * body),
+        num_bytes=max(
+            2 * shape.block_params * itemsize + graph,
+            shape.exit_params * itemsize + 8 * 4 * logits,
+        ),
+        held_bytes=(shape.num_blocks + 1 + num_batches) * tokens * shape.hidden_size * itemsize,
+    )
 
 
 def micro_batch(

@@ -34,11 +34,11 @@ class Needs:
     only of the one that reads it), `regional` gradients of the block's own output then;
     `survey` statistics of taps before the first cut, `backward` gradients of the loss before it.
     `routing` are those of what experts are given and answer, `gates` says that gates of units are
-    learnt before the first cut, `inputs` that a block's inputs are needed though no statistic is,
-    `dense` that the dense model is walked alongside, and `probes` that candidates are walked and
-    compared with it. `whole` is learnt of the text for one choice in the whole model, by a walk of
-    its own where it `flows`, else without the model. With `given` the statistics of taps were
-    collected before, and no text is read.
+    learnt before the first cut, and in how many steps, `inputs` that a block's inputs are needed
+    though no statistic is, `dense` that the dense model is walked alongside, and `probes` that
+    candidates are walked and compared with it. `whole` is learnt of the text for one choice in the
+    whole model, by a walk of its own where it `flows`, else without the model. With `given` the
+    statistics of taps were collected before, and no text is read.
     """
 
     cut: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Needs:
     survey: tuple[str, ...] = ()
     backward: tuple[str, ...] = ()
     routing: tuple[str, ...] = ()
-    gates: bool = False
+    gates: int = 0
     inputs: bool = False
     dense: bool = False
     probes: bool = False
@@ -58,8 +58,9 @@ class Needs:
     @property
     def names(self) -> tuple[str, ...]:
         """Return all statistics that are learnt."""
+        before = (*self.survey, *self.backward, *(("gate",) if self.gates else ()))
         cut = (*self.cut, *self.regional, *self.routing)
-        return tuple(dict.fromkeys((*self.survey, *self.backward, *cut, *self.whole)))
+        return tuple(dict.fromkeys((*before, *cut, *self.whole)))
 
     @property
     def cut_tokens(self) -> bool:
@@ -202,16 +203,24 @@ def _compose_units(step: PruneStep, pattern: Units, method: Method, solver: str)
 
 
 def needs_of(
-    method: Method, allocation: str, *, searches: bool = False, pattern: Pattern | None = None
+    method: Method,
+    allocation: str,
+    *,
+    searches: bool = False,
+    pattern: Pattern | None = None,
+    options: Mapping[str, float] | None = None,
 ) -> Needs:
-    """Return what the parts of a run must know; `searches` says that a sparsity is looked for."""
+    """Return what the parts of a run must know; `searches` says that a sparsity is looked for.
+
+    `options` are the numbers that a recipe gives for parts.
+    """
     if method.score in WHOLE_SCORES:
         whole = WHOLE_SCORES[method.score]
         return Needs(whole=whole.needs, flows=whole.flows)
     if method.score in RANK_SCORES:
         return Needs(cut=RANK_SCORES[method.score].needs)
     if isinstance(pattern, Units):
-        return _needs_of_units(method, allocation, pattern, searches=searches)
+        return _needs_of_units(method, allocation, pattern, options or {}, searches=searches)
     score, solver = SCORES[method.score], SOLVERS[method.solver]
     learnt = (*score.learnt, *solver.needs)
     if method.refine is not None:
@@ -231,7 +240,14 @@ def needs_of(
     )
 
 
-def _needs_of_units(method: Method, allocation: str, pattern: Units, *, searches: bool) -> Needs:
+def _needs_of_units(
+    method: Method,
+    allocation: str,
+    pattern: Units,
+    options: Mapping[str, float],
+    *,
+    searches: bool,
+) -> Needs:
     """Return what the parts of a run that removes whole units must know."""
     score = score_row(method.score)
     row = ALLOCATIONS[allocation]
@@ -241,6 +257,7 @@ def _needs_of_units(method: Method, allocation: str, pattern: Units, *, searches
     solver = COMPENSATIONS[method.solver].needs if method.solver != "zero" else ()
     profiled = row.profile.needs if row.profile else ()
     surveyed = row.profile is not None or "probe" in row.needs
+    trained = not deep and isinstance(score, UnitScore) and score.trained
     return Needs(
         cut=_at("tap", (*judged, *solver)),
         around=_at("tap", judged) if everywhere else (),
@@ -248,7 +265,7 @@ def _needs_of_units(method: Method, allocation: str, pattern: Units, *, searches
         survey=tuple(dict.fromkeys((*profiled, *score.learnt))) if surveyed else (),
         backward=_at("backward", judged),
         routing=_at("routing", judged),
-        gates=not deep and isinstance(score, UnitScore) and score.trained,
+        gates=int(options_for(options, score.options)["steps"]) if trained else 0,
         probes=searches or row.judged or "probe" in row.needs,
     )
 

@@ -116,8 +116,8 @@ class Plan:
     @property
     def surveys(self) -> bool:
         """Tell whether the model is looked at before the first cut."""
-        learns = bool(self.parts.backward) or self.parts.gates
-        return self.counts is None or learns or self.searches
+        learns = self.parts.backward or self.parts.gates
+        return bool(self.counts is None or learns or self.searches)
 
     @property
     def searches(self) -> bool:

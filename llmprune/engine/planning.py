@@ -106,7 +106,9 @@ def make_plan(
     allocation = choose_allocation(step, method, pattern)
     form = decide_form(step, pattern)
     searches = "ppl" in (step.target or {})
-    parts = needs_of(method, allocation, searches=searches, pattern=pattern)
+    parts = needs_of(
+        *(method, allocation), searches=searches, pattern=pattern, options=step.options
+    )
     if given is not None:
         given.check_serves(parts, propagate=step.propagate, method=method.name)
         parts = replace(parts, given=True)

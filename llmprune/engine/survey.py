@@ -35,7 +35,6 @@ from llmprune.engine.target import meet_target
 from llmprune.engine.unit_survey import unit_profiles
 from llmprune.mask.counts import exact_sparsity, round_half_up
 from llmprune.mask.pattern import Tiles, Units, pool_tiles
-from llmprune.score import score_row
 from llmprune.stats.types import Stats
 from llmprune.walk.block import Blocks
 from llmprune.walk.forward import Stream
@@ -391,13 +390,12 @@ def before_the_cut(
 def _gates(plan: Plan, around: Surroundings) -> Callable[[int], Learnt]:
     """Learn a gate for every unit, or take those that an interrupted run has learnt."""
     assert around.tokens_NT is not None
-    options = plan.options_of(score_row(plan.method.score).options)
     return learn_gates(
         around.blocks,
         plan.groups,
         around.tokens_NT,
         target=plan.asked / sum(site.num_weights for site in plan.sites),
-        steps=int(options["steps"]),
+        steps=plan.parts.gates,
         progress=around.progress,
         file=around.folder / "gates.safetensors" if around.folder else None,
     )

@@ -162,6 +162,31 @@ def test_a_run_by_learned_gates_is_uniform_where_the_tier_is(
     assert report.sparsity == pytest.approx(0.3, abs=0.02)
 
 
+def test_a_plan_counts_what_training_gates_costs(pico: Callable[..., Path], tmp_path: Path) -> None:
+    """Each step walks forward and back; the dense model is walked once for every four sequences."""
+
+    def plan_of(method: str, num_samples: int = 6, *settings: str) -> Any:
+        return llmprune.plan(
+            str(pico("llama")),
+            out=str(tmp_path / "out"),
+            method=method,
+            sparsity=0.3,
+            num_samples=num_samples,
+            seq_len=24,
+            settings=settings,
+        )
+
+    plan, plain = plan_of("learned-gates"), plan_of("flap")
+    assert plan.estimate.num_reads - plain.estimate.num_reads == 48 * 2 + 2
+    many = plan_of("learned-gates", 6, "prune.options.steps=60")
+    assert many.estimate.num_reads > many.prune.max_reads  # which is for searches
+    few = plan_of("learned-gates", 6, "prune.options.steps=2")
+    assert few.estimate.gate_reads == 2 * 2 + 2
+    assert few.estimate.survey_seconds < plan.estimate.survey_seconds
+    assert "learnt in 2 steps of 4 sequences" in repr(few) and "gates" not in repr(plain)
+    assert plan_of("learned-gates", 3, "prune.options.steps=2").estimate.gate_reads == 2 * 2 + 1
+
+
 def test_gates_that_were_learnt_are_read_again(
     make_model: Callable[..., Any], tokens: torch.Tensor, tmp_path: Path
 ) -> None:

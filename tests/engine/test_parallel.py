@@ -37,6 +37,11 @@ from llmprune.walk.sharing import Others, await_end, leading
 NUM_SAMPLES = 5
 
 
+def carried(message: Any) -> list[torch.Tensor]:
+    """Return what gloo would carry, copied as it would be."""
+    return [part.clone() for part in _packed(message)]
+
+
 class Table:
     """Where the threads of a run sit: one works at a time, the others wait for a message."""
 
@@ -62,16 +67,16 @@ class Seat(World):
 
     def tell(self, message: Any) -> None:
         for orders in self.table.orders[1:]:
-            orders.put(_packed(message).clone())
+            orders.put(carried(message))
 
     def told(self) -> Any:
         return self.table.wait(self.table.orders[self.rank])
 
     def answer(self, message: Any) -> None:
-        self.table.answers[self.rank].put(_packed(message).clone())
+        self.table.answers[self.rank].put(carried(message))
 
     def send(self, rank: int, message: Any) -> None:
-        self.table.letters[rank].put(_packed(message).clone())
+        self.table.letters[rank].put(carried(message))
 
     def sent(self) -> Any:
         return self.table.wait(self.table.letters[self.rank])
