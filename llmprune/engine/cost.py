@@ -112,6 +112,7 @@ def estimate(
     seq_len: int,
     eval_tokens: int,
     forward: bool,
+    cut_forward: bool,
     removed_bytes: int,
     converted_params: int,
     rate: float,
@@ -123,6 +124,8 @@ def estimate(
     workspace: tuple[int, int] = (0, 0),
 ) -> Estimate:
     """Estimate a run; `itemsize` is that of the dtype that blocks are held in, `rate` in FLOP/s.
+
+    `forward` says that tokens flow at all, `cut_forward` that they do while blocks are cut.
 
     `statistics_bytes` is what the statistics of the largest block take up; where that is more than
     a quarter of what may be used, the block is observed in rounds. Micro-batches hold `most`
@@ -198,6 +201,7 @@ def estimate(
     gate_disk = converted_params * 4  # tensors that change shape on load are laid out anew
     flops = 2 * shape.linear_params * shape.num_blocks
     tokens = num_samples * seq_len if forward else 0
+    cut_tokens = tokens if cut_forward else 0
     reads = survey.num_reads + walks + gates.num_walks
     passing = 1.85 * flops * tokens / rate if survey.forward else 0.0
     head = 2 * shape.exit_params
@@ -222,9 +226,9 @@ def estimate(
         read_bytes=shape.stored_bytes * (1 + reads),
         num_reads=1 + reads,
         survey_seconds=surveying + reads * shape.stored_bytes / WEIGHT_RATE,
-        cut_seconds=(1.85 + passes) * flops * tokens / rate + shape.stored_bytes / WEIGHT_RATE,
+        cut_seconds=(1.85 + passes) * flops * cut_tokens / rate + shape.stored_bytes / WEIGHT_RATE,
         evaluate_seconds=2 * (flops + head) * eval_tokens / rate,
-        resume_seconds=flops * tokens / rate,
+        resume_seconds=flops * cut_tokens / rate,
         probe_at_once=search.at_once,
         num_candidates=sum(survey.rounds),
         gradient_bytes=saved,

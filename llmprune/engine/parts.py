@@ -69,6 +69,11 @@ class Needs:
         return bool(learnt or (self.cut and not self.given))
 
     @property
+    def cut_walks(self) -> bool:
+        """Tell whether the cut is, or goes with, a walk of tokens; else it passes the weights."""
+        return self.cut_tokens or bool(self.whole and self.flows)
+
+    @property
     def sums(self) -> bool:
         """Tell whether all that is learnt while blocks are cut are sums over micro-batches, which
         several processes can share. Repairs, regional gradients and routing are not."""

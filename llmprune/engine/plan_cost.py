@@ -136,10 +136,14 @@ def _walks(plan: Plan) -> str:
         survey = f"{cost.num_reads - 1} to survey, then " if cost.num_reads > 1 else ""
         learnt = "statistics are given" if plan.parts.given else "no calibration"
         return f"{survey}1 over the weights; no forward, {learnt}"
+    tokens = f"{plan.num_samples} x {plan.seq_len} tokens"
+    if not plan.parts.cut_walks:
+        where = f"{plan.dtype_name} on {plan.device}"
+        return f"those of the survey, of {tokens}, {where}; then 1 over the weights"
     then = "passed" if plan.whole is None else "passed (and 1 over the weights)"
     return (
         f"1 forward, each block observed then {then}: "
-        f"{plan.num_samples} x {plan.seq_len} tokens in micro-batches of {cost.micro_batch}, "
+        f"{tokens} in micro-batches of {cost.micro_batch}, "
         f"{plan.dtype_name} on {plan.device}, "
         f"hidden states on {cost.place} ({human_bytes(cost.hidden_bytes)})"
     )
@@ -188,7 +192,7 @@ def _time(plan: Plan) -> str:
 def _resume(plan: Plan) -> str:
     if plan.whole is not None:
         return "what was learnt of the text and finished shards are kept"
-    if not plan.forward:
+    if not plan.parts.cut_walks:
         return "finished blocks are kept"
     seconds = human_seconds(plan.estimate.resume_seconds)
     return f"finished blocks are kept; at most {seconds} to walk through them"

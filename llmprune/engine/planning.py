@@ -152,6 +152,7 @@ def make_plan(
         seq_len=seq_len,
         eval_tokens=windows * seq_len,
         forward=forward,
+        cut_forward=parts.cut_walks,
         removed_bytes=found.removed * stored.itemsize if form == "shrunk" else 0,
         converted_params=converted_params,
         rate=measure_rate(device, dtype),
