@@ -20,7 +20,7 @@ from llmprune.base.timeline import Clock
 from llmprune.calibration.replay import call
 from llmprune.engine.outcome import Order, Outcome, follow
 from llmprune.engine.plan import Plan
-from llmprune.engine.shipping import gone_of, is_gone
+from llmprune.engine.shipment import gone_of, is_gone
 from llmprune.engine.side_by_side import cut_groups
 from llmprune.engine.solving import Cutter
 from llmprune.engine.unit_survey import beside, routing_of

@@ -22,7 +22,7 @@ from llmprune.checkpoint.sink import shard_name
 from llmprune.checkpoint.skeleton import empty, fill
 from llmprune.engine.factors import product_logits
 from llmprune.engine.plan import Plan
-from llmprune.engine.shipping import axes_of_block, cut_of_block
+from llmprune.engine.shipment import axes_of_block, cut_of_block
 from llmprune.engine.sites import Group
 from llmprune.mask.pattern import LowRank
 from llmprune.walk.block import Block

@@ -25,7 +25,7 @@ from llmprune.engine.parts import (
 from llmprune.engine.shapes import (
     Skipped,
 )
-from llmprune.engine.shipping import Shipment, gone_of, is_gone
+from llmprune.engine.shipment import Shipment, gone_of, is_gone
 from llmprune.engine.sites import (
     Group,
     all_sites,

@@ -13,8 +13,10 @@ from llmprune.base.errors import RecipeError, WontLoad
 from llmprune.checkpoint.skeleton import Skeleton
 from llmprune.checkpoint.source import Source
 from llmprune.delivery.masks import MaskFiles
+from llmprune.engine.building import build_result
 from llmprune.engine.ranks import DENSE, ranks_by_block
-from llmprune.engine.shipping import Shipment, as_it_is, build_result, ship, ship_masked
+from llmprune.engine.shipment import Shipment
+from llmprune.engine.shipping import as_it_is, ship, ship_masked
 from llmprune.mask.pattern import LOW_RANK, LowRank
 
 if TYPE_CHECKING:

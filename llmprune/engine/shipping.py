@@ -6,24 +6,28 @@ comes of it is compared with what the plan leaves of the block that it came from
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.arch.couplings import ATTENTION, BLOCK, DEPTHS, FFN, HEADS, QUERY_HEADS
 from llmprune.arch.layout import BlockLayout, Layout, Tier
-from llmprune.arch.resize import NUM_BLOCKS, as_mistral, check_blocks_alike, resized
-from llmprune.arch.types import Coupling, Family, Site
-from llmprune.base.errors import CheckpointError, UnsupportedModel, WontLoad, first_line
-from llmprune.checkpoint.shrink import Axes, axes_of
+from llmprune.arch.resize import check_blocks_alike, resized
+from llmprune.arch.types import Site
+from llmprune.base.errors import WontLoad
 from llmprune.checkpoint.shrink_experts import without_units
-from llmprune.checkpoint.skeleton import Skeleton, build_skeleton, read_config
-from llmprune.delivery.copied_code import code_in_scratch
+from llmprune.checkpoint.skeleton import Skeleton
+from llmprune.engine.building import as_named, build_or_twin, explicit
 from llmprune.engine.rehearsal import check_meaning
+from llmprune.engine.shipment import (
+    Shipment,
+    axes_of_block,
+    cut_of_block,
+    gone_of,
+    is_gone,
+    layout_of,
+)
 from llmprune.engine.sites import Group
 from llmprune.solver import COMPENSATIONS
 
@@ -32,74 +36,6 @@ if TYPE_CHECKING:
 
     from llmprune.arch.anatomy import Anatomy
     from llmprune.engine.plan import Plan
-
-Counts = Mapping[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shipment:
-    """How a result is stored: blocks, config.json, code files beside it, and the modules of it.
-
-    `before` is the source's config.
-
-    `widths` is to how many units every coupling is filled up with zeros (tier E1); `reasons` say
-    why lower tiers would not do.
-    """
-
-    layout: Layout
-    tier: Tier
-    config: Mapping[str, Any]
-    skeleton: Skeleton
-    before: Mapping[str, Any] = field(default_factory=dict)
-    code: tuple[Path, ...] = ()
-    widths: Mapping[str, int] = field(default_factory=dict)
-    reasons: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def places(self) -> dict[int, int]:
-        """Return where each source block stands in the result; those that went are absent."""
-        return {block.source: place for place, block in enumerate(self.layout.blocks)}
-
-    @property
-    def num_params(self) -> int:
-        """Return the parameters of the result."""
-        return sum(value.numel() for value in self.skeleton.model.parameters())
-
-
-def layout_of(groups: Sequence[Sequence[Group]], counts: Counts) -> Layout:
-    """Return what is left of every block.
-
-    A block that loses both halves, or all of them, is gone.
-    """
-    blocks = []
-    for index, here in enumerate(groups):
-        without = gone_of(here, counts)
-        if BLOCK not in without:
-            sizes: dict[str, int] = {}
-            for group in here:
-                (site,) = group.sites
-                assert group.coupling is not None
-                if is_gone(site, without):
-                    continue
-                for key, per_unit in group.coupling.config_keys:
-                    sizes[key] = per_unit * (site.num_units - counts[site.name])
-            blocks.append(BlockLayout(source=index, sizes=sizes, without=without))
-    return Layout(blocks=tuple(blocks))
-
-
-def gone_of(groups: Sequence[Group], counts: Counts) -> tuple[str, ...]:
-    """Return which halves of a block go, or that all of it does."""
-    sites = [site for group in groups for site in group.sites if site.kind in DEPTHS]
-    gone = tuple(site.kind for site in sites if counts[site.name])
-    return (BLOCK,) if BLOCK in gone or {ATTENTION, FFN} <= set(gone) else gone
-
-
-def is_gone(site: Site, gone: Sequence[str]) -> bool:
-    """Tell whether the half that a site lies in goes whole, so that nothing of it is cut."""
-    if site.kind in DEPTHS:
-        return BLOCK in gone and site.kind != BLOCK and len(gone) == 1
-    half = ATTENTION if site.kind in (HEADS, QUERY_HEADS) else FFN
-    return BLOCK in gone or half in gone
 
 
 def ship(
@@ -122,20 +58,20 @@ def ship(
         raise WontLoad(
             "the plan leaves no block at all. Ask for a lower --sparsity, or for fewer blocks."
         )
-    base = _explicit(config, source.config, len(plan.groups))
+    base = explicit(config, source.config, len(plan.groups))
     base, layout = _unfolded(plan, base, layout)
     tier, reasons = _choose_tier(plan, base, layout)
     sizes: dict[str, Any] = _sizes(plan, layout) if tier in ("E0", "E1") else _pinned(plan)
     if tier == "E0":  # also what differed before, and does no longer
         sizes |= {key: n for key, n in layout.widest.items() if base.get(key, n) != n}
     sizes |= bias_entries(plan, source, anatomies)
-    changed = resized(base, layout, _as_named(sizes, base, source.config))
+    changed = resized(base, layout, as_named(sizes, base, source.config))
     code: tuple[Path, ...] = ()
     if tier in ("E2", "E3"):
         from llmprune.delivery.heterogeneous import heterogeneous_config
 
         changed, code = heterogeneous_config(changed, layout, tier)
-    changed, skeleton = _built(source, changed, code, dtype, trust_remote_code)
+    changed, skeleton = build_or_twin(source, changed, code, dtype, trust_remote_code)
     shipment = Shipment(
         layout=layout,
         tier=tier,
@@ -254,49 +190,9 @@ def ship_masked(
     skeleton, changed = source, dict(config)
     if entries:
         changed = resized(config, plain.layout, entries)
-        changed, skeleton = _built(source, changed, (), dtype, trust_remote_code)
+        changed, skeleton = build_or_twin(source, changed, (), dtype, trust_remote_code)
     _check_biases(plan, skeleton, plain.layout)
     return replace(plain, config=changed, before=config, skeleton=skeleton)
-
-
-def axes_of_block(
-    groups: Sequence[Group],
-    kept: Mapping[str, torch.Tensor],
-    anatomy: Anatomy,
-    shapes: Mapping[str, tuple[int, ...]],
-    widths: Mapping[str, int],
-) -> Axes:
-    """Return the index of every axis of a block that changes; `kept` are units by site."""
-    return axes_of(cut_of_block(groups, kept), anatomy.linears, shapes, widths)
-
-
-def cut_of_block(
-    groups: Sequence[Group], kept: Mapping[str, torch.Tensor]
-) -> list[tuple[Coupling, torch.Tensor]]:
-    """Return the couplings of a block that units are cut out of; `kept` are units by site."""
-    return [
-        (group.coupling, kept[site.name])
-        for group in groups
-        for site in group.sites
-        if group.coupling is not None and site.kind not in DEPTHS and site.name in kept
-    ]
-
-
-def _explicit(config: Mapping[str, Any], built: Any, num_blocks: int) -> dict[str, Any]:
-    """Return a config.json that spells out what it leaves to defaults: the number of blocks, and
-    lists per block."""
-    known = built.to_dict()
-    counted = any(name in config for name in NUM_BLOCKS)
-    listed = {
-        name: value
-        for name, value in known.items()
-        if name not in config
-        and (
-            (isinstance(value, list) and len(value) == num_blocks > 1)
-            or (name in NUM_BLOCKS and value == num_blocks and not counted)
-        )
-    }
-    return {**config, **listed}
 
 
 def _choose_tier(
@@ -334,16 +230,6 @@ def _sizes(plan: Plan, layout: Layout) -> dict[str, int]:
     return sizes | _pinned(plan)
 
 
-def _as_named(sizes: Mapping[str, Any], base: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """Return sizes under the names that a config.json has for them, all of those that are one."""
-    aliases = getattr(config, "attribute_map", {})
-    found: dict[str, Any] = {}
-    for key, size in sizes.items():
-        names = {key, aliases.get(key, key), *(a for a, own in aliases.items() if own == key)}
-        found |= dict.fromkeys(sorted(names & base.keys()) or [key], size)
-    return found
-
-
 def _pinned(plan: Plan) -> dict[str, int]:
     """Return what a config must say once a number of units changes."""
     return {
@@ -378,75 +264,6 @@ def _roots(anatomies: Sequence[Anatomy]) -> dict[str, list[str]]:
             spans = row.spans if row is not None else ()
             found.setdefault(half, set()).update(s.linear.partition(".")[0] for s in spans)
     return {half: sorted(paths) for half, paths in found.items()}
-
-
-def _built(
-    source: Skeleton,
-    config: dict[str, Any],
-    code: Sequence[Path],
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-) -> tuple[dict[str, Any], Skeleton]:
-    """Return the config and the modules of it.
-
-    A Llama has no number of heads that does not divide the hidden size; a Mistral is the same model
-    and has, where there are no biases.
-    """
-    try:
-        return config, build_result(
-            source, config, code, dtype, trust_remote_code, family=source.family
-        )
-    except WontLoad:
-        plain = not (config.get("attention_bias") or config.get("mlp_bias"))
-        if config.get("model_type") != "llama" or not plain or code:
-            raise
-    twin = as_mistral(config)
-    return twin, build_result(source, twin, code, dtype, trust_remote_code, family=source.family)
-
-
-def build_result(
-    source: Skeleton,
-    config: Mapping[str, Any],
-    code: Sequence[Path],
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-    *,
-    family: Family | None = None,
-) -> Skeleton:
-    """Build the modules of a result on meta from its config.json and code.
-
-    Where no `family` is given, it is found as that of any model is.
-
-    Raises:
-        WontLoad: the config is refused by the family's own checks.
-    """
-    with tempfile.TemporaryDirectory(prefix="llmprune-") as name:
-        folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
-        for path in code or _own_code(source, config):
-            shutil.copyfile(path, folder / path.name)
-        trust = trust_remote_code or bool(code)
-        try:
-            with code_in_scratch():
-                return build_skeleton(
-                    read_config(folder, trust_remote_code=trust),
-                    dtype=dtype,
-                    attention=source.config._attn_implementation,
-                    trust_remote_code=trust,
-                    family=family,
-                )
-        except (CheckpointError, UnsupportedModel, ValueError, RuntimeError) as error:
-            raise WontLoad(
-                f"a {config.get('model_type')} model of these sizes does not exist: "
-                f"{first_line(error).replace(str(folder), 'the new config')}. Choose other "
-                "counts, another --pattern, or --set prune.form=masked."
-            ) from error
-
-
-def _own_code(source: Skeleton, config: Mapping[str, Any]) -> list[Path]:
-    """Return the code that a source brings beside its weights, which its result needs too."""
-    origin = Path(str(source.config._name_or_path))
-    return sorted(origin.glob("*.py")) if config.get("auto_map") and origin.is_dir() else []
 
 
 def _check_shapes(

@@ -17,7 +17,7 @@ from llmprune.base.errors import RecipeError, UnsupportedModel, first_line
 from llmprune.checkpoint.skeleton import Skeleton, build_skeleton
 from llmprune.checkpoint.source import Source, read_json
 from llmprune.delivery.masks import MaskFiles
-from llmprune.engine.shipping import Shipment
+from llmprune.engine.shipment import Shipment
 from llmprune.engine.whole import HIDDEN, Whole
 from llmprune.hidden.narrowing import open_narrowing
 from llmprune.hidden.sizes import config_changes, config_of_width

@@ -69,7 +69,8 @@ def keep_n_of_m(score_OI: Tensor, n: int, m: int) -> Tensor:
         raise ValueError(f"{n}:{m} does not divide {score_OI.shape[1]} columns")
     score_GM = score_OI.reshape(-1, m)
     if score_GM.device.type == "cpu" and m <= _PAIRS_UP_TO:
-        keep_GM = torch.from_numpy(rank_cpu.keep_n_of_m(_checked(score_GM).numpy(), n))
+        wide_GM = _sound(score_GM)
+        keep_GM = torch.from_numpy(rank_cpu.keep_n_of_m(wide_GM.numpy(), n))
     else:
         prune_G = torch.full((len(score_GM),), m - n, device=score_GM.device)
         keep_GM = keep_highest(score_GM, prune_G)
@@ -78,8 +79,12 @@ def keep_n_of_m(score_OI: Tensor, n: int, m: int) -> Tensor:
 
 def _checked(score: Tensor) -> Tensor:
     """Return the scores as contiguous float32 or float64, after a look for NaN."""
-    wide = torch.promote_types(score.dtype, torch.float32)
-    score = score.detach().to(wide).contiguous()
+    return _sound(score).contiguous()
+
+
+def _sound(score: Tensor) -> Tensor:
+    """Return the scores as float32 or float64, as they lie, after a look for NaN."""
+    score = score.detach().to(torch.promote_types(score.dtype, torch.float32))
     if score.numel() and bool(score.amax().isnan()):  # the maximum carries any NaN
         raise ValueError(f"scores of shape {tuple(score.shape)} hold NaN")
     return score

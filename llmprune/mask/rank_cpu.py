@@ -122,9 +122,12 @@ def _count(score_N: Scores, compare: np.ufunc, bound: float) -> int:
 
 
 def keep_n_of_m(score_GM: Scores, n: int) -> Keep:
-    """Keep the N highest of every short row by comparing all pairs of columns."""
+    """Keep the N highest of every short row by comparing all pairs of columns.
+
+    Columns that lie one after the other are read, and the mask's written, as they lie.
+    """
     num_groups, m = score_GM.shape
-    keep_GM = np.empty(score_GM.shape, dtype=np.bool_)
+    keep_GM = np.empty_like(score_GM, dtype=np.bool_)
     earlier_wins = np.arange(m - 1, -1, -1, dtype=np.int8)[:, None]
 
     def work(part: slice) -> None:

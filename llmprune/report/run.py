@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from llmprune.base.progress import Progress
     from llmprune.engine.plan import Plan
-    from llmprune.engine.shipping import Shipment
+    from llmprune.engine.shipment import Shipment
 
 
 @dataclass(frozen=True, repr=False)

@@ -19,7 +19,7 @@ from llmprune.checkpoint.shrink import take
 from llmprune.checkpoint.skeleton import read_config, use_eager_experts
 from llmprune.engine import opening
 from llmprune.engine.opening import Opened, open_plan, with_shipment
-from llmprune.engine.shipping import axes_of_block
+from llmprune.engine.shipment import axes_of_block
 from tests.reference.shrinking import (
     FAMILIES,
     cached_tokens,
