@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -159,6 +158,15 @@ def in_child(
     home: Path, arguments: Sequence[object], prepare: Callable[[], None] = lambda: None
 ) -> Child:
     """Run the command in a forked child; `prepare` may break something there first."""
+    pid = begun(home, arguments, prepare)
+    _, status = os.waitpid(pid, 0)
+    logs = {name: (home / name).read_text() for name in LOGS}
+    numbers = {name: [int(line) for line in logs[name].split()] for name in LOGS[1:]}
+    return Child(status, logs["output"], numbers["cut"], numbers["finished"])
+
+
+def begun(home: Path, arguments: Sequence[object], prepare: Callable[[], None]) -> int:
+    """Begin the command in a forked child and return its number; its logs lie in `home`."""
     logs = {name: home / name for name in LOGS}
     for path in logs.values():
         path.write_text("")
@@ -186,9 +194,7 @@ def in_child(
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    _, status = os.waitpid(pid, 0)
-    numbers = {name: [int(line) for line in logs[name].read_text().split()] for name in LOGS[1:]}
-    return Child(status, logs["output"].read_text(), numbers["cut"], numbers["finished"])
+    return pid
 
 
 def _log_calls(owner: Any, name: str, path: Path, *, after: bool, position: int) -> None:
@@ -649,52 +655,33 @@ def test_a_fault_keeps_the_block_whose_record_was_still_being_written(
     assert (second.code, second.cut) == (0, [1, 2, 3]), second.output
 
 
-# Signals to a real process.
-
-WAITING = """
-import signal, sys, time
-from pathlib import Path
-from llmprune import cli
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs behind
-from llmprune.engine.solving import Cutter
-original, calls = Cutter.cut, 0
-def slow(*args):
-    global calls
-    calls += 1
-    if calls == 7:
-        Path(sys.argv[1]).touch()
-        time.sleep(120)
-    return original(*args)
-Cutter.cut = slow
-cli.main(sys.argv[2:])
-"""
+# Signals, sent inside the second block.
 
 
-def interrupted(arguments: list[object], home: Path, number: int) -> tuple[int, str, str]:
-    """Run a command in a fresh process and send it a signal inside its second block."""
+def interrupted(arguments: list[object], home: Path, number: int) -> tuple[int, str]:
+    """Run a command in a child and send it a signal; return its code and what it wrote."""
     here = home / "here"
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITING, str(here), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+
+    def wait() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as of a shell in front
+        at_call(Cutter, "cut", 7, first=lambda *args: (here.touch(), time.sleep(120)))
+
+    pid = begun(home, arguments, wait)
     deadline = time.monotonic() + 100
-    while not here.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
+    while not here.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(pid, number)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status), (home / "output").read_text()
 
 
 def test_ctrl_c_stops_with_130_and_another_process_resumes(
     arguments: list[object], tmp_path: Path
 ) -> None:
-    code, _, err = interrupted(arguments, tmp_path, signal.SIGINT)
+    code, output = interrupted(arguments, tmp_path, signal.SIGINT)
     assert code == 130
-    assert "the same command resumes" in err
-    assert "Traceback" not in err
+    assert "the same command resumes" in output
+    assert "Traceback" not in output
     assert (tmp_path / "out.partial").is_dir()
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*lock"))
@@ -706,10 +693,12 @@ def test_ctrl_c_stops_with_130_and_another_process_resumes(
 
 
 def test_sigterm_stops_as_ctrl_c_does(arguments: list[object], tmp_path: Path) -> None:
-    code, out, err = interrupted([*arguments, "--json"], tmp_path, signal.SIGTERM)
+    code, output = interrupted([*arguments, "--json"], tmp_path, signal.SIGTERM)
     assert code == 130
-    assert "the same command resumes" in err
-    assert json.loads(out.splitlines()[-1])["code"] == 130
+    said = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert said[-1]["code"] == 130
+    (plain,) = (line for line in output.splitlines() if not line.startswith("{"))
+    assert "the same command resumes" in plain
     assert (tmp_path / "out.partial").is_dir()
     assert not (tmp_path / "out").exists()
 
