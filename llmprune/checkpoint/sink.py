@@ -70,6 +70,20 @@ def write_json(path: Path, data: Any) -> None:
         raise write_failed(path, error) from error
 
 
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a file. A disk that fills may leave a part of it, without its end.
+
+    Raises:
+        TooLarge: the disk is full.
+        CheckpointError: the file cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        raise write_failed(path, error) from error
+
+
 def settle(path: Path) -> None:
     """Wait until a file's bytes and its name, or a folder's names, are on the disk."""
     for target in (path, path.parent) if path.is_file() else (path,):

@@ -22,6 +22,7 @@ from llmprune.allocation import ALLOCATIONS
 from llmprune.allocation.types import Candidate, Measured
 from llmprune.base.progress import Progress
 from llmprune.calibration.replay import call
+from llmprune.checkpoint.sink import append_line
 from llmprune.engine.outcome import Outcome
 from llmprune.engine.solving import Cutter
 from llmprune.evaluation.divergence import distances
@@ -99,8 +100,7 @@ class Prober:
                 for each in found
             ]
             if self.log is not None:
-                with self.log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"round": key, "answers": self._known[key]}) + "\n")
+                append_line(self.log, json.dumps({"round": key, "answers": self._known[key]}))
         answers = [
             [torch.tensor(values, dtype=torch.float64) for values in answer]
             for answer in self._known[key]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from llmprune.base.errors import CheckpointError, TooLarge
 from llmprune.checkpoint.locate import open_source
 from llmprune.checkpoint.sink import (
+    append_line,
     copy_side_files,
     hash_file,
     shard_name,
@@ -91,6 +92,18 @@ def test_a_full_disk_is_too_large_for_json_too(
     with pytest.raises(TooLarge, match="disk is full"):
         write_json(tmp_path / "x.json", {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_are_added_and_a_full_disk_is_named(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for line in ("one", "two"):
+        append_line(log, line)
+    assert log.read_text() == "one\ntwo\n"
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        append_line(tmp_path / "none" / "log", "one")
+    if Path("/dev/full").exists():
+        with pytest.raises(TooLarge, match="disk is full"):
+            append_line(Path("/dev/full"), "one")
 
 
 def test_the_writer_s_own_word_for_a_full_disk_is_understood(

@@ -13,7 +13,7 @@ import pytest
 
 from eval.faults.disk import fill, points
 from eval.faults.kills import Run
-from llmprune import api
+from llmprune import api, cli, steps
 from llmprune.base.errors import CheckpointError, TooLarge, WontLoad
 from llmprune.checkpoint.source import open_folder, read_json
 from llmprune.delivery import gate
@@ -122,3 +122,18 @@ def test_operations_are_spread_from_the_first_to_the_last() -> None:
     assert points(Run([], {}, 1.0, 10, {}), 4) == [1, 4, 7, 10]
     assert points(Run([], {}, 1.0, 3, {}), 20) == [1, 2, 3]
     assert points(Run([], {}, 1.0, 10, {}), 1) == [1]
+
+
+def test_a_full_disk_that_nobody_expected_is_told_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "here"))
+
+    monkeypatch.setattr(steps, "run_streamed", full)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--model", "demo", "--sparsity", "0.5", "--out", str(tmp_path / "out")])
+    assert left.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith(f"error: the disk is full: {tmp_path / 'here'} could not be")
+    assert not any("Traceback" in line for line in said)
