@@ -381,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             where = f": {error.filename} could not be written" if error.filename else ""
-            _fail(given, f"the disk is full{where}. Free some and type it again.", 2)
+            _fail(given, f"the disk is full{where}. Free some space and type the command again.", 2)
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error
             text = error.format_message().rstrip(".")
             _fail(given, f"{text}. `llmprune --help` lists the flags.", 2)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from llmprune import asking
+from llmprune.engine import planning
 from llmprune.evaluation import speed, stopwatch
 from tests.story.conftest import Command
 
@@ -98,7 +99,11 @@ def test_the_readme_shows_a_command_that_needs_no_download() -> None:
 def test_the_commands_of_the_readme_are_carried_out_in_their_order(
     workplace: Path, command: Command, quick_gate: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this process, which spares starting Python for each; some work on what others wrote."""
+    """In this process, which spares starting Python for each; some work on what others wrote.
+
+    Sequences are short where a command does not say how long they are.
+    """
+    monkeypatch.setattr(planning, "MAX_SEQ_LEN", 64)
     monkeypatch.setattr(speed, "subprocess", SimpleNamespace(Popen=Beside, PIPE=None))
     monkeypatch.setattr(stopwatch, "load", one_at_a_time(stopwatch.load))
     monkeypatch.setattr(asking, "question_for", fewer_windows(asking.question_for))
