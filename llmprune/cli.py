@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 our fault, 2 yours, 130 stopped (and resumable).
 
 from __future__ import annotations
 
-import errno
 import inspect
 import json
 import os
@@ -379,8 +378,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            where = f": {error.filename} could not be written" if error.filename else ""
+        from llmprune.checkpoint.sink import is_full
+
+        if is_full(error):
+            name = getattr(error, "filename", None)
+            where = f": {name} could not be written" if name else ""
             _fail(given, f"the disk is full{where}. Free some space and type the command again.", 2)
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error
             text = error.format_message().rstrip(".")

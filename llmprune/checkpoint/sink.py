@@ -98,15 +98,20 @@ def settle(path: Path) -> None:
 
 def write_failed(path: Path, error: Exception) -> TooLarge | CheckpointError:
     """Return the error for a failed write; a full disk is named as such."""
-    text = str(error)
-    if getattr(error, "errno", None) == 28 or "No space left" in text or "os error 28" in text:
+    if is_full(error):
         return TooLarge(
             f"the disk is full: {path} could not be written. What is finished stays in "
             f"{path.parent}; free some space and run the same command again to resume."
         )
     return CheckpointError(
-        f"{path} cannot be written: {text}. Choose a writable folder with --out."
+        f"{path} cannot be written: {error}. Choose a writable folder with --out."
     )
+
+
+def is_full(error: Exception) -> bool:
+    """Tell whether an error is that of a full disk, by Python or by safetensors."""
+    text = str(error)
+    return getattr(error, "errno", None) == 28 or "No space left" in text or "os error 28" in text
 
 
 def hash_file(path: Path) -> str:

@@ -28,8 +28,8 @@ BANDWIDTHS = {"cpu": 1e10, "mps": 1e11, "cuda": 1e12}  # bytes per second, by or
 
 
 def cost_lines(plan: Plan) -> list[tuple[str, str]]:
-    """Return what a run reads, holds and takes, each with its name."""
-    lines = [
+    """Return what a run reads, holds and takes, each with its name; empty where it does not."""
+    return [
         ("text", _text(plan)),
         ("gradients", _gradients(plan)),
         ("gates", _gates(plan)),
@@ -42,7 +42,6 @@ def cost_lines(plan: Plan) -> list[tuple[str, str]]:
         ("resume", _resume(plan)),
         ("perplexity", _perplexity(plan)),
     ]
-    return [(name, text) for name, text in lines if text]
 
 
 def _text(plan: Plan) -> str:

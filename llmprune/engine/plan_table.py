@@ -47,20 +47,21 @@ def plan_html(plan: Plan) -> str:
 
 
 def _lines(plan: Plan) -> list[tuple[str, str]]:
-    """Return what is decided, each with its name."""
-    return [
+    """Return what is decided, each with its name; what a plan does not have is left out."""
+    lines = [
         ("model", _model(plan)),
         ("method", _method(plan)),
-        *((("stages", stages),) if (stages := _stages(plan)) else ()),
+        ("stages", _stages(plan)),
         ("allocation", _allocation(plan)),
-        *((("target", target),) if (target := _target(plan)) else ()),
+        ("target", _target(plan)),
         ("removes", _removes(plan)),
         ("result", _result(plan)),
-        *((("ranks", ranks),) if (ranks := ranks_line(plan)) else ()),
+        ("ranks", ranks_line(plan)),
         *cost_lines(plan),
         ("loads", _loads(plan)),
         *(("note", note) for note in _all_notes(plan)),
     ]
+    return [(name, text) for name, text in lines if text]
 
 
 def _all_notes(plan: Plan) -> list[str]:

@@ -30,6 +30,18 @@ def scores(draw: st.DrawFn) -> Tensor:
 
 
 @given(data=st.data(), score=scores())
+def test_columns_one_after_the_other_give_the_mask_of_rows(
+    data: st.DataObject, score: Tensor
+) -> None:
+    """As a solver asks: M columns that lie apart, each of them in one piece."""
+    m = score.shape[1]
+    n = data.draw(st.integers(0, m))
+    lying = score.T.contiguous().T
+    found = keep_n_of_m(lying, n, m)
+    assert torch.equal(found, keep_of_rows(score, torch.full((len(score),), m - n)))
+
+
+@given(data=st.data(), score=scores())
 def test_rows_agree_with_a_stable_sort(data: st.DataObject, score: Tensor) -> None:
     counts = st.lists(st.integers(0, score.shape[1]), min_size=len(score), max_size=len(score))
     prune = torch.tensor(data.draw(counts))

@@ -658,11 +658,12 @@ def test_a_fault_keeps_the_block_whose_record_was_still_being_written(
 # Signals, sent inside the second block.
 
 
-def interrupted(arguments: list[object], home: Path, number: int) -> tuple[int, str]:
-    """Run a command in a child and send it a signal; return its code and what it wrote."""
-    here = home / "here"
+def interrupted(arguments: list[object], home: Path, number: int) -> tuple[int, str, str]:
+    """Run a command in a child and send it a signal; return its code and what it wrote where."""
+    here, said = home / "here", home / "said"
 
     def wait() -> None:
+        sys.stdout = said.open("w")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # as of a shell in front
         at_call(Cutter, "cut", 7, first=lambda *args: (here.touch(), time.sleep(120)))
 
@@ -672,16 +673,16 @@ def interrupted(arguments: list[object], home: Path, number: int) -> tuple[int, 
         time.sleep(0.02)
     os.kill(pid, number)
     _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status), (home / "output").read_text()
+    return os.waitstatus_to_exitcode(status), said.read_text(), (home / "output").read_text()
 
 
 def test_ctrl_c_stops_with_130_and_another_process_resumes(
     arguments: list[object], tmp_path: Path
 ) -> None:
-    code, output = interrupted(arguments, tmp_path, signal.SIGINT)
+    code, _, err = interrupted(arguments, tmp_path, signal.SIGINT)
     assert code == 130
-    assert "the same command resumes" in output
-    assert "Traceback" not in output
+    assert "the same command resumes" in err
+    assert "Traceback" not in err
     assert (tmp_path / "out.partial").is_dir()
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*lock"))
@@ -693,12 +694,10 @@ def test_ctrl_c_stops_with_130_and_another_process_resumes(
 
 
 def test_sigterm_stops_as_ctrl_c_does(arguments: list[object], tmp_path: Path) -> None:
-    code, output = interrupted([*arguments, "--json"], tmp_path, signal.SIGTERM)
+    code, out, err = interrupted([*arguments, "--json"], tmp_path, signal.SIGTERM)
     assert code == 130
-    said = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    assert said[-1]["code"] == 130
-    (plain,) = (line for line in output.splitlines() if not line.startswith("{"))
-    assert "the same command resumes" in plain
+    assert "the same command resumes" in err
+    assert json.loads(out.splitlines()[-1])["code"] == 130
     assert (tmp_path / "out.partial").is_dir()
     assert not (tmp_path / "out").exists()
 
