@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
@@ -100,8 +101,25 @@ def option(
     Raises:
         RecipeError: it is outside of it.
     """
-    value = request.options[name]
-    if not least <= value <= most or (above is not None and value <= above):
+    return in_range(name, request.options[name], above=above, least=least, most=most)
+
+
+def in_range(
+    name: str,
+    value: float,
+    *,
+    above: float | None = None,
+    least: float = 0.0,
+    most: float = float("inf"),
+) -> float:
+    """Return a number that the recipe gives a part, if it lies in its range and is finite.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    if not (least <= value <= most and math.isfinite(value)) or (
+        above is not None and value <= above
+    ):
         low = f"above {above:g}" if above is not None else f"at least {least:g}"
         high = "" if most == float("inf") else f" and at most {most:g}"
         raise RecipeError(

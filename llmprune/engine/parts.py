@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llmprune.allocation import ALLOCATIONS
+from llmprune.allocation.fitting import in_range
 from llmprune.arch.couplings import DEPTHS, EXPERTS
 from llmprune.base.errors import RecipeError
 from llmprune.catalog import METHODS, Method
@@ -315,8 +316,12 @@ def _at(place: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _check_options(step: PruneStep, method: Method) -> None:
-    """Raise where a recipe gives a number that no part of the run takes."""
-    known = dict(score_row(method.score).options)
+    """Raise where a recipe gives a number that no part of the run takes, or no steps to train."""
+    score = score_row(method.score)
+    known = dict(score.options)
+    if isinstance(score, UnitScore) and score.trained:
+        steps = options_for(step.options, score.options)["steps"]
+        in_range("steps", steps, least=1)
     known |= ALLOCATIONS[allocation_of(step, method)].options
     known |= REPAIRS[method.repair].options if method.repair else {}
     known |= LATENCY if "latency" in (step.target or {}) else {}

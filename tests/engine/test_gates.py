@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import llmprune
+from llmprune.base.errors import RecipeError
 from llmprune.base.progress import Progress
 from llmprune.engine.gates import Gated, _drawn, _last_hidden, _moved, _slopes, chance, learn_gates
 from llmprune.engine.sites import Group, groups_of
@@ -185,6 +186,20 @@ def test_a_plan_counts_what_training_gates_costs(pico: Callable[..., Path], tmp_
     assert few.estimate.survey_seconds < plan.estimate.survey_seconds
     assert "learnt in 2 steps of 4 sequences" in repr(few) and "gates" not in repr(plain)
     assert plan_of("learned-gates", 3, "prune.options.steps=2").estimate.gate_reads == 2 * 2 + 1
+
+
+@pytest.mark.parametrize("steps", ["0", "-3", ".nan", ".inf"])
+def test_a_number_of_steps_is_at_least_1(
+    steps: str, pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=r"prune\.options\.steps: .*at least 1;"):
+        llmprune.plan(
+            str(pico("llama")),
+            out=str(tmp_path / "out"),
+            method="learned-gates",
+            sparsity=0.3,
+            settings=[f"prune.options.steps={steps}"],
+        )
 
 
 def test_gates_that_were_learnt_are_read_again(
